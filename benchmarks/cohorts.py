@@ -28,14 +28,13 @@ import pyarrow as pa
 import pipelines
 from benchmarks.arms import arm_figure
 from benchmarks.table import Figure, options_parser, show
-from owlrec.cohorts.assignment import vector_array
-from owlrec.cohorts.building import AssignCohorts, build_cohorts
+from owlrec.cohorts.building import AssignCohorts, build_cohorts, vector_array
 from owlrec.cohorts.clustering import ClusterConfig, Codebook, FactorSettings, train_cells, unit
-from owlrec.cohorts.model import CohortModel, CohortsConfig, CohortSettings
-from owlrec.ctr.experiment import finished_trials, summarise, trials
-from owlrec.recipe import RayConfig, Recipe, load_recipe
+from owlrec.cohorts.cohort_model import CohortModel, CohortsConfig, CohortSettings
+from owlrec.ctr.experiment import finished_trials, summarize, trials
+from owlrec.recipe import Recipe, load_recipe
 from owlrec.runner import Pool, run_stage
-from owlrec.runs.stage import ray_session, stage_function
+from owlrec.runs.stages import ray_session, stage_function
 from owlrec.scenario import get_scenario
 from owlrec.schema import PROMPTS
 from owlrec.shards import Artifact, Shard, finished_stage
@@ -77,9 +76,9 @@ def _speed(sizes: list[int]) -> list[Figure]:
             job = json.dumps({"folder": folder})
             command = [sys.executable, "-m", "benchmarks.cohorts", "--worker", job]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-        assert found["rows"] == n
-        speed = n / found["seconds"]
+            result = json.loads(done.stdout.splitlines()[-1])
+        assert result["rows"] == n
+        speed = n / result["seconds"]
         first = first or speed
         measure = f"{n:,} users, {DIM} dimensions, {ClusterConfig().sizes(n).cohorts:,} cohorts"
         to = f"{sizes[0]:,} users"
@@ -88,7 +87,7 @@ def _speed(sizes: list[int]) -> list[Figure]:
                 measure=measure, method="owlrec", value=round(speed), unit="users/s", ratio_to=to, ratio=speed / first
             ),
             Figure(
-                measure=measure, method="owlrec", value=round(found["peak_gb"], 2), unit="GB at most, all processes"
+                measure=measure, method="owlrec", value=round(result["peak_gb"], 2), unit="GB at most, all processes"
             ),
         ]
     return figures
@@ -124,7 +123,7 @@ def _assign(folder: str) -> dict[str, float]:
                     continue
             peak[0] = max(peak[0], total / 1e9)
 
-    with ray_session(RayConfig(), workspace.log_path("ray")):
+    with ray_session("local", workspace.log_path("ray")):
         threading.Thread(target=watch, daemon=True).start()
         start = time.perf_counter()
         shards = dict.fromkeys((Shard("user", n) for n in range(workspace.n_shards("user"))), "")
@@ -154,13 +153,13 @@ def _real() -> Iterator[Figure]:
             )
             labels.append(_labels(workspace, f"c{seed}", "user", "liked"))
         users = sorted(labels[0].keys() & labels[1].keys())
-        score = adjusted_rand_score(*([of[u] for u in users] for of in labels))
+        score = adjusted_rand_score(*([cohort[u] for u in users] for cohort in labels))
         yield Figure(
             measure="users' cohorts of two seeds", method="owlrec", value=round(score, 3), unit="adjusted Rand index"
         )
         liked = _liked(workspace, recipe)
-        for what, of_users in liked.items():
-            within, random = _overlap(labels[0], of_users)
+        for what, user_sets in liked.items():
+            within, random = _overlap(labels[0], user_sets)
             unit_ = "mean Jaccard of liked items"
             yield Figure(measure=what, method="random groups of these sizes", value=round(random, 4), unit=unit_)
             yield Figure(
@@ -183,12 +182,12 @@ def _stages(recipe: Recipe, workspace: Workspace, *names: str) -> None:
 
 
 def _labels(workspace: Workspace, folder: str, kind: str, facet: str) -> dict[int, str]:
-    found = {}
+    labels = {}
     for part in workspace.names(folder, kind):
         for row in workspace.read_parquet(f"{folder}/{kind}/{part}").to_pylist():
             if row["facet"] == facet and row["source"] == "collaborative":
-                found[row["id"]] = row["cohort"]
-    return found
+                labels[row["id"]] = row["cohort"]
+    return labels
 
 
 def _liked(workspace: Workspace, recipe: Recipe) -> dict[str, dict[int, set[int]]]:
@@ -201,7 +200,7 @@ def _liked(workspace: Workspace, recipe: Recipe) -> dict[str, dict[int, set[int]
     for row in workspace.read_table("samples", ["user_id", "item_id", "label"]).to_pylist():
         if row["label"]:
             later.setdefault(row["user_id"], set()).add(row["item_id"])
-    return {"overlap within cohorts, behaviours read": read, "overlap within cohorts, later behaviours": later}
+    return {"overlap within cohorts, behaviors read": read, "overlap within cohorts, later behaviors": later}
 
 
 def _overlap(labels: dict[int, str], liked: dict[int, set[int]]) -> tuple[float, float]:
@@ -236,18 +235,18 @@ def _cost(workspace: Workspace) -> Iterator[Figure]:
     calls: dict[bool, int] = {True: 0, False: 0}
     tokens = dict(calls)
     for card in Artifact(workspace, generated.outputs["knowledge"]).cards().values():
-        collective = Shard.of_name(card.shard).kind == "cohort"
+        collective = Shard.from_name(card.shard).kind == "cohort"
         calls[collective] += card.rows_in
         tokens[collective] += int(card.counts["prompt_tokens"]) + int(card.counts["output_tokens"])
-    for unit_, of in (("calls", calls), ("tokens, prompt and answer", tokens)):
-        yield Figure(measure="knowledge of all users and items", method="individual", value=of[False], unit=unit_)
+    for unit_, counts in (("calls", calls), ("tokens, prompt and answer", tokens)):
+        yield Figure(measure="knowledge of all users and items", method="individual", value=counts[False], unit=unit_)
         yield Figure(
             measure="knowledge of all users and items",
             method="collective",
-            value=of[True],
+            value=counts[True],
             unit=unit_,
             ratio_to="fewer",
-            ratio=of[False] / of[True],
+            ratio=counts[False] / counts[True],
         )
 
 
@@ -255,19 +254,18 @@ def _worth(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
     trained = finished_stage(workspace, "train_ctr")
     assert trained is not None
     results = finished_trials(workspace, trained.outputs["grid"], trials(recipe.ctr))
-    for row in summarise(results):
+    for row in summarize(results):
         yield arm_figure(row, method={"knowledge": "individual"}.get(row.arm))
 
 
 def _acceptance(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
-    from owlrec.decoding import DecodingConfig, DraftLimits, request_arguments
-    from owlrec.decoding.pools import write_pool
-    from owlrec.decoding.release_pools import answer_tokens
     from owlrec.generation import VllmEngine, VllmEngineConfig, token_counter
+    from owlrec.generation.engines import load_tokenizer, model_identity
     from owlrec.generation.job import read_knowledge
-    from owlrec.generation.models import load_tokenizer, model_identity
-    from owlrec.prompting.rows import Prompt, user_prompts
-    from owlrec.sources.catalog import ItemCatalog
+    from owlrec.prompting.prompts import Prompt, user_prompts
+    from owlrec.sources.splits import ItemCatalog
+    from owlrec_decoding import DecodingConfig, DraftLimits, request_arguments
+    from owlrec_decoding.pools import answer_tokens, write_pool
 
     generated, built = finished_stage(workspace, "generate"), finished_stage(workspace, "cohorts")
     assert generated is not None

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.table import Figure, options_parser, show
-from owlrec.decoding.simulate import Curve, Load, Trace, play, play_oracle, play_plain, table_curve
 from owlrec.ops.console import note
+from owlrec_decoding.simulate import Curve, Load, Trace, play, play_oracle, play_plain, table_curve
 
 ROWS = (1, 16, 64, 128, 256, 512)
 CONTEXTS = (255, 511, 1023)

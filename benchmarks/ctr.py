@@ -25,29 +25,30 @@ from benchmarks.arms import arm_figure
 from benchmarks.planted import PlantedWorld, plant, sentence_vectors, trait_vectors
 from benchmarks.samples import all_samples
 from benchmarks.table import Figure, options_parser, show
+from owlrec.ctr.artifact import CtrScorer, LiveState, TableKnowledge, User, export_program, load_program
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitTensors
 from owlrec.ctr.experiment import (
     COLD_ITEM_BELOW,
     CTRConfig,
     Trial,
+    WorkersConfig,
     finished_trials,
     read_grid_scores,
     slices_of,
-    summarise,
+    summarize,
     trials,
 )
 from owlrec.ctr.features import build_features
-from owlrec.ctr.knowledge import Arm, KnowledgeTable
+from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable
 from owlrec.ctr.model import CTRModel, ModelSpec
-from owlrec.ctr.scoring import LiveState, Scorer, TableKnowledge, User, export_program, load_program
 from owlrec.ctr.trainer import TrainingData, train_one
-from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.encoding.vectors import Encoder, EncoderConfig
 from owlrec.evaluation import GridScores, Interval, auc, compare_arms, gauc
+from owlrec.ids import BEHAVIOR
 from owlrec.ops.console import note
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.releases.rows import encode_behaviors
-from owlrec.schema import BEHAVIOR
+from owlrec.releases.parts import encode_behaviors
 from owlrec.shards import finished_stage
 from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace
@@ -90,18 +91,18 @@ def _planted(options: argparse.Namespace) -> Iterator[Figure]:
     for form in options.forms:
         data = _planted_data(world, form)
         for backbone in options.backbones:
-            of_arm: dict[str, list[float]] = {}
+            arm_aucs: dict[str, list[float]] = {}
             for trial in [Trial(backbone=backbone, arm=a, seed=s) for s in options.seeds for a in ARMS[:3]]:
-                of_arm.setdefault(trial.arm, []).append(train_one(trial, data, PLANTED).result.test.auc)
+                arm_aucs.setdefault(trial.arm, []).append(train_one(trial, data, PLANTED).result.test.auc)
             for arm in ("knowledge", "shuffled"):
-                gains = [a - b for a, b in zip(of_arm[arm], of_arm["none"], strict=True)]
+                gains = [a - b for a, b in zip(arm_aucs[arm], arm_aucs["none"], strict=True)]
                 each = ", ".join(f"{g:+.4f}" for g in gains)
                 note(f"{backbone}, {form}, {arm}: {each}")
                 yield Figure(
                     measure=f"planted traits as {form}, {users:,} users: {arm} to none",
                     method=backbone,
                     value=round(statistics.fmean(gains), 4),
-                    unit=f"test AUC (seeds {each}; none {statistics.fmean(of_arm['none']):.4f})",
+                    unit=f"test AUC (seeds {each}; none {statistics.fmean(arm_aucs['none']):.4f})",
                 )
 
 
@@ -109,8 +110,8 @@ def _planted_data(world: PlantedWorld, form: str) -> TrainingData:
     if form == "vectors":
         return world.data(trait_vectors(world.user_traits, seed=1), trait_vectors(world.item_traits, seed=2))
     encoder = Encoder(EncoderConfig())
-    sides = (("user", world.user_traits, 1), ("item", world.item_traits, 2))
-    return world.data(*(sentence_vectors(traits, kind, encoder, seed=seed) for kind, traits, seed in sides))
+    kind_tables = (("user", world.user_traits, 1), ("item", world.item_traits, 2))
+    return world.data(*(sentence_vectors(traits, kind, encoder, seed=seed) for kind, traits, seed in kind_tables))
 
 
 def _gauc(options: argparse.Namespace) -> Iterator[Figure]:
@@ -150,7 +151,7 @@ def _gauc_by_definition(labels: np.ndarray, scores: np.ndarray, groups: np.ndarr
 
 def _export(options: argparse.Namespace) -> Iterator[Figure]:
     """Random weights: a score costs the same whatever the weights are."""
-    from owlrec.runs.batch import prepare
+    from owlrec.runs.stages import prepare
 
     with tempfile.TemporaryDirectory() as folder:
         recipe, workspace = load_recipe(RECIPE, workspace=folder), Workspace(folder)
@@ -160,11 +161,11 @@ def _export(options: argparse.Namespace) -> Iterator[Figure]:
         attributes = [f for f in recipe.domain.text_fields if f in items.column_names]
         features = build_features(users, items, samples, attributes=attributes, profile=[], min_item_count=2)
         rng = np.random.default_rng(0)
-        sides = {
-            side: KnowledgeTable(np.sort(ids), rng.normal(size=(len(ids), 384)).astype(np.float16))
-            for side, ids in (("user", users["user_id"].to_numpy()), ("item", items["item_id"].to_numpy()))
+        kind_tables = {
+            kind: KnowledgeTable(np.sort(ids), rng.normal(size=(len(ids), 384)).astype(np.float16))
+            for kind, ids in (("user", users["user_id"].to_numpy()), ("item", items["item_id"].to_numpy()))
         }
-        data = TrainingData(features, {"knowledge": sides})
+        data = TrainingData(features, {"knowledge": kind_tables})
         tables = data.tables(Trial(backbone="din", arm="knowledge", seed=0))
         assert tables is not None
         length = features.spec.history_length
@@ -173,10 +174,10 @@ def _export(options: argparse.Namespace) -> Iterator[Figure]:
             torch.manual_seed(0)
             model = CTRModel(ModelSpec.of(features.spec, backbone, 384, recipe.ctr), features.items).eval()
             live = LiveState(model, TableKnowledge(tables), store)
-            scorer = Scorer(model, features.items, features.vocabularies)
+            scorer = CtrScorer(model, features.items, features.vocabularies)
             example = scorer.batch(int(users["user_id"][0].as_py()), features.items.ids[:3], live)
             program = load_program(export_program(model, example))
-            by_program = Scorer(model, features.items, features.vocabularies, program=program)
+            by_program = CtrScorer(model, features.items, features.vocabularies, program=program)
             trainer = SplitTensors(features.splits["test"].whole(), tables, "cpu")
             for method, path in (("model", scorer), ("program", by_program)):
                 off = _off_the_trainer(path, live, trainer, samples)
@@ -197,12 +198,12 @@ class _Behaviors:
 
     def behaviors(self, ids: Sequence[int]) -> list[np.ndarray | None]:
         """See KnowledgeStore.behaviors."""
-        found = (self._rows.get(id_) for id_ in ids)
-        return [None if value is None else np.frombuffer(value, BEHAVIOR) for value in found]
+        values = (self._rows.get(id_) for id_ in ids)
+        return [None if value is None else np.frombuffer(value, BEHAVIOR) for value in values]
 
 
 def _latency(
-    scorer: Scorer, live: LiveState, users: np.ndarray, method: str, threads: int, off: float, requests: int
+    scorer: CtrScorer, live: LiveState, users: np.ndarray, method: str, threads: int, off: float, requests: int
 ) -> Figure:
     rng, took = np.random.default_rng(1), []
     for number in range(requests + 20):
@@ -221,11 +222,11 @@ def _latency(
 
 
 def _off_the_trainer(
-    scorer: Scorer, live: LiveState, trainer: SplitTensors, samples: pa.Table, rows: int = 50
+    scorer: CtrScorer, live: LiveState, trainer: SplitTensors, samples: pa.Table, rows: int = 50
 ) -> float:
     """The largest difference over the first test samples, each asked for as a request of its own."""
     test = samples.filter(pc.equal(samples["split"], "test")).slice(0, rows).to_pylist()
-    asked = [scorer.score(User.of_sample(r), [r["item_id"]], live)[0] for r in test]
+    asked = [scorer.score(User.from_sample(r), [r["item_id"]], live)[0] for r in test]
     with torch.inference_mode():
         trained = live.model(trainer.batch(torch.arange(len(test)))).double().sigmoid().numpy()
     return float(np.abs(np.array(asked) - trained).max())
@@ -233,7 +234,7 @@ def _off_the_trainer(
 
 def _leaderboard(options: argparse.Namespace) -> Iterator[Figure]:
     """Trains through the stage itself, so that what a run has trained already is not trained again."""
-    from owlrec.runs.ctr import train_ctr as train
+    from owlrec.runs.models import train_ctr as train
 
     recipe = load_recipe(options.recipe, workspace=options.workspace)
     workspace = Workspace(recipe.workspace)
@@ -245,7 +246,7 @@ def _leaderboard(options: argparse.Namespace) -> Iterator[Figure]:
     grid = train(recipe, workspace).outputs["grid"]
     wanted = trials(recipe.ctr)
     scores = read_grid_scores(workspace, grid, wanted)
-    for row in summarise(finished_trials(workspace, grid, wanted), scores):
+    for row in summarize(finished_trials(workspace, grid, wanted), scores):
         yield arm_figure(row, f"{row.backbone}, all test rows")
         for base, paired in row.differences.items():
             yield _gain(f"{row.backbone}, all test rows", f"{row.arm} to {base}", paired.auc, paired.interval)
@@ -254,16 +255,17 @@ def _leaderboard(options: argparse.Namespace) -> Iterator[Figure]:
 
 
 def _workers(options: argparse.Namespace) -> Iterator[Figure]:
-    from owlrec.runs.batch import prepare
-    from owlrec.runs.ctr import train_ctr as train
+    from owlrec.runs.models import train_ctr as train
+    from owlrec.runs.stages import prepare
 
     one: dict[str, float] = {}
     for workers in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             recipe, workspace = load_recipe(RECIPE, workspace=folder), Workspace(folder)
             prepare(recipe, workspace)
-            changes = {"backbones": ("din", "dcnv2"), "arms": ("none",), "seeds": (0,), "num_workers": workers}
-            recipe = recipe.model_copy(update={"ctr": recipe.ctr.model_copy(update=changes)})
+            changes = {"backbones": ("din", "dcnv2"), "arms": ("none",), "seeds": (0,)}
+            training = WorkersConfig(num_workers=workers)
+            recipe = recipe.model_copy(update={"ctr": recipe.ctr.model_copy(update=changes), "training": training})
             grid = train(recipe, workspace).outputs["grid"]
             for result in finished_trials(workspace, grid, trials(recipe.ctr)):
                 off = result.test.auc - one.setdefault(result.backbone, result.test.auc)

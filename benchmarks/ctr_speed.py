@@ -77,14 +77,14 @@ def _beside_peers(folder: str, rows: int, rounds: int) -> list[Figure]:
     for backbone in BACKBONES:
         speeds: dict[str, list[float]] = {method: [] for method in methods}
         for _ in range(rounds):
-            for method, found in speeds.items():
+            for method, rates in speeds.items():
                 loaders = (0, 1) if method == PEER else (0,)
                 runs = [
                     _in_process(method=method, backbone=backbone, folder=folder, rows=rows, beside=b) for b in loaders
                 ]
-                found.append(max(runs))
-                print(f"{backbone}: {method} {found[-1]:,.0f} samples/s", file=sys.stderr, flush=True)
-        medians = {method: float(np.median(found)) for method, found in speeds.items()}
+                rates.append(max(runs))
+                print(f"{backbone}: {method} {rates[-1]:,.0f} samples/s", file=sys.stderr, flush=True)
+        medians = {method: float(np.median(rates)) for method, rates in speeds.items()}
         for method, median in medians.items():
             spread = (max(speeds[method]) - min(speeds[method])) / 2 / median
             peers = (
@@ -108,22 +108,22 @@ def _tables(steps: int, rounds: int) -> list[Figure]:
     times: dict[int, list[float]] = {n: [] for n in TABLES}
     touched = {}
     for _ in range(rounds):
-        for n, found in times.items():
+        for n, durations in times.items():
             result = _in_process(method="table", items=n, steps=steps)
-            found.append(result["ms"])
+            durations.append(result["ms"])
             touched[n] = result["rows"]
-            print(f"table of {n:,} x 32: {found[-1]:.1f} ms a step", file=sys.stderr, flush=True)
+            print(f"table of {n:,} x 32: {durations[-1]:.1f} ms a step", file=sys.stderr, flush=True)
     first = float(np.median(times[TABLES[0]]))
     return [
         Figure(
             measure=f"a step on a table of {n:,} x 32, {touched[n]:,} rows of it in the gradient",
             method=OURS,
-            value=round(float(np.median(found)), 1),
+            value=round(float(np.median(durations)), 1),
             unit="ms",
             ratio_to=f"{TABLES[0]:,} rows",
-            ratio=float(np.median(found)) / first,
+            ratio=float(np.median(durations)) / first,
         )
-        for n, found in times.items()
+        for n, durations in times.items()
     ]
 
 
@@ -159,11 +159,11 @@ def _prepare(folder: Path) -> None:
 def _movielens() -> Any:
     from benchmarks.samples import RATED
     from owlrec.ctr.features import build_features
-    from owlrec.sources.movielens import MovieLens100KSource
+    from owlrec.sources.datasets import MovieLens100KSource
     from owlrec.sources.splits import SplitConfig, build_samples
 
     raw = MovieLens100KSource(type="movielens-100k").load()
-    split = SplitConfig(history_length=HISTORY, cuts=("half",), kar_protocol=True)
+    split = SplitConfig(history_length=HISTORY, cuts=("kar",))
     samples = build_samples(raw.interactions, split, RATED).samples
     return build_features(
         raw.users, raw.items, samples, attributes=("genres", "year"), profile=(), min_item_count=2
@@ -177,23 +177,23 @@ def _repeated(n_train: int, rows: int) -> np.ndarray:
 def _ours(task: dict[str, Any]) -> float:
     from dataclasses import replace
 
+    from owlrec.ctr.dataset import reduced
     from owlrec.ctr.experiment import CTRConfig, Trial
     from owlrec.ctr.features import Split
-    from owlrec.ctr.knowledge import KnowledgeTable
-    from owlrec.ctr.pca import reduced
+    from owlrec.ctr.knowledge_tables import KnowledgeTable
     from owlrec.ctr.trainer import TrainingData, train_one
 
     features = _movielens()
     train = features.splits["train"].whole()
     repeated = Split.of(train.take(_repeated(len(train), task["rows"])))
     rng = np.random.default_rng(0)
-    sides = {}
-    for side, ids in (("user", np.unique(np.concatenate([s.whole().user_ids for s in features.splits.values()]))),
+    kind_tables = {}
+    for kind, ids in (("user", np.unique(np.concatenate([s.whole().user_ids for s in features.splits.values()]))),
                       ("item", features.items.ids)):  # fmt: skip
-        sides[side] = KnowledgeTable(ids, rng.normal(size=(len(ids), KNOWLEDGE_DIM)).astype(np.float16))
+        kind_tables[kind] = KnowledgeTable(ids, rng.normal(size=(len(ids), KNOWLEDGE_DIM)).astype(np.float16))
     config = CTRConfig(batch_size=BATCH, epochs=1)
-    sides = reduced(sides, config.knowledge_dim)  # as `train_ctr` does, once a grid
-    data = TrainingData(replace(features, splits={**features.splits, "train": repeated}), {"knowledge": sides})
+    kind_tables = reduced(kind_tables, config.knowledge_dim)  # as `train_ctr` does, once a grid
+    data = TrainingData(replace(features, splits={**features.splits, "train": repeated}), {"knowledge": kind_tables})
     arm: Any = "knowledge" if task["method"] == KNOWLEDGE else "none"
     trial = Trial(backbone=task["backbone"], arm=arm, seed=0)
     return train_one(trial, data, config).result.samples_per_s
@@ -237,21 +237,23 @@ def _peer(task: dict[str, Any]) -> float:
 def _feature_map(features: Any) -> Any:
     from fuxictr.features import FeatureMap
 
-    found = FeatureMap("movielens", "")
+    feature_map = FeatureMap("movielens", "")
     spec = features.spec
-    found.features.update({name: {"type": "meta", "source": ""} for name in ("user_index", "item_index", "seq_len")})
-    found.features["rating"] = {"type": "categorical", "source": "user", "vocab_size": 11, "padding_idx": 0}
-    found.features["item_id"] = {
+    feature_map.features.update(
+        {name: {"type": "meta", "source": ""} for name in ("user_index", "item_index", "seq_len")}
+    )
+    feature_map.features["rating"] = {"type": "categorical", "source": "user", "vocab_size": 11, "padding_idx": 0}
+    feature_map.features["item_id"] = {
         "type": "categorical", "source": "item", "vocab_size": spec.n_items, "padding_idx": 0,
     }  # fmt: skip
     for name, size in spec.attributes.items():
-        found.features[name] = {
+        feature_map.features[name] = {
             "type": "sequence", "source": "item", "vocab_size": size, "padding_idx": 0, "max_len": ATTRIBUTE_VALUES,
             "feature_encoder": "layers.MaskedAveragePooling()",
         }  # fmt: skip
-    found.labels, found.default_emb_dim = ["label"], 32
-    found.num_fields = found.get_num_fields()
-    return found
+    feature_map.labels, feature_map.default_emb_dim = ["label"], 32
+    feature_map.num_fields = feature_map.get_num_fields()
+    return feature_map
 
 
 def _peer_model(backbone: str, feature_map: Any, folder: str) -> Any:
@@ -286,9 +288,9 @@ def _peer_model(backbone: str, feature_map: Any, folder: str) -> Any:
 
         def forward(self, inputs: Any) -> dict[str, Any]:
             single, items, mask = self.get_inputs(inputs)
-            found = self.embedding_layer(items, flatten_emb=True).view(mask.shape[0], -1, self.item_info_dim)
-            pooled = self.masked_avg_pooling(found[:, :-1], mask)
-            flat = torch.cat([self.embedding_layer(single, flatten_emb=True), found[:, -1], pooled], dim=1)
+            embedded = self.embedding_layer(items, flatten_emb=True).view(mask.shape[0], -1, self.item_info_dim)
+            pooled = self.masked_avg_pooling(embedded[:, :-1], mask)
+            flat = torch.cat([self.embedding_layer(single, flatten_emb=True), embedded[:, -1], pooled], dim=1)
             logits = self.linear(flat) + self.pairs(flat.view(len(flat), -1, 32)) + self.deep(flat)
             return {"y_pred": self.output_activation(logits)}
 
@@ -303,7 +305,7 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
     from owlrec.ctr.experiment import CTRConfig
     from owlrec.ctr.features import RESERVED, FeatureSpec, Histories, ItemFeatures, SampleFeatures
     from owlrec.ctr.model import CTRModel, ModelSpec
-    from owlrec.ctr.trainer import Optimisers
+    from owlrec.ctr.trainer import Optimizers
 
     rng = np.random.default_rng(0)
     codes = np.arange(n_items + RESERVED, dtype=np.int32)
@@ -325,14 +327,14 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
     )  # fmt: skip
     config = CTRConfig(batch_size=BATCH)
     model = CTRModel(ModelSpec.of(spec, "dcnv2", 0, config), items)
-    optimisers = Optimisers(model, config)
+    optimizers = Optimizers(model, config)
     times, labels = [], torch.from_numpy(split.samples.labels)
     for rows in torch.arange(n).split(BATCH):
         started = time.perf_counter()
         loss = torch.nn.functional.binary_cross_entropy_with_logits(model(split.batch(rows)), labels[rows])
-        optimisers.zero_grad()
+        optimizers.zero_grad()
         loss.backward()
-        optimisers.step()
+        optimizers.step()
         times.append(time.perf_counter() - started)
     gradient = model.item.weight.grad
     assert gradient is not None

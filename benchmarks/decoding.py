@@ -2,7 +2,7 @@
 
 Each method runs in a process of its own, in turns, on the same requests: the default prompts over MovieLens-100K, in
 each framework's words, SmolLM2-135M in bf16, greedy, 200 new tokens, a batch kept full from a queue. `refresh`: users
-whose history moved on by two behaviours, drafts from all users' previous texts. `new users` and `items`: ids that the
+whose history moved on by two behaviors, drafts from all users' previous texts. `new users` and `items`: ids that the
 pool has no text of. No request occurs twice in a process, so that what a method learns on the way never answers a
 request word for word. Tokens/s count the whole of a request, its prompt included.
 """
@@ -25,18 +25,17 @@ import pyarrow as pa
 import pipelines
 from benchmarks.samples import RATED
 from benchmarks.table import Figure, options_parser, show
-from owlrec.decoding import DecodingConfig, engine_arguments, request_arguments
-from owlrec.decoding.options import LEAD_TOKENS
-from owlrec.generation.models import PACKAGED, load_tokenizer, model_identity, resolve_model
+from owlrec.generation.engines import PACKAGED, load_tokenizer, model_identity, resolve_model
 from owlrec.generation.vllm_engine import VllmEngineConfig, prepare_environment
-from owlrec.process import cache_folder
-from owlrec.prompting.framework import FrameworkName
-from owlrec.prompting.rows import FRAMEWORKS, PromptConfig, item_prompts, user_prompts
+from owlrec.machine import cache_folder
+from owlrec.prompting.frameworks import FrameworkName
+from owlrec.prompting.prompts import FRAMEWORKS, PromptConfig, item_prompts, user_prompts
 from owlrec.recipe import load_recipe
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.movielens import MovieLens100KSource
-from owlrec.sources.splits import build_samples
+from owlrec.sources.datasets import MovieLens100KSource
+from owlrec.sources.splits import ItemCatalog, build_samples
 from owlrec.storage import fingerprint
+from owlrec_decoding import DecodingConfig, engine_arguments, request_arguments
+from owlrec_decoding.options import LEAD_TOKENS
 
 NEW_TOKENS = 200
 POOL_TEXTS = 192  # of users, and as many of items
@@ -105,8 +104,8 @@ def main() -> None:
         job = prepare(Path(folder), frameworks, quick=quick)
         for round_, method in itertools.product(range(rounds), methods):
             mine = [c for c in cells if round_ == 0 or method in (_best_ngram(runs, c), *_others(methods))]
-            for found in in_process(Path(folder), {**job, "method": method, "cells": mine}) if mine else ():
-                runs.setdefault((method, tuple(found["cell"])), []).append(found)
+            for run in in_process(Path(folder), {**job, "method": method, "cells": mine}) if mine else ():
+                runs.setdefault((method, tuple(run["cell"])), []).append(run)
             print(f"round {round_ + 1} of {rounds}: {method} done", file=sys.stderr, flush=True)
     figures = [f for c in cells for f in _figures(runs, c, methods)]
     show(f"{_new_tokens(quick)} new tokens, median of {rounds} rounds", figures, options)
@@ -118,7 +117,7 @@ def _others(methods: list[str]) -> list[str]:
 
 def _best_ngram(runs: Runs, cell: Cell) -> str | None:
     """The n-gram setting that was fastest in the first round of a cell."""
-    first = {m: found[0]["speed"] for (m, c), found in runs.items() if c == cell and m.startswith(NGRAM)}
+    first = {m: rounds[0]["speed"] for (m, c), rounds in runs.items() if c == cell and m.startswith(NGRAM)}
     return max(first, key=first.__getitem__) if first else None
 
 
@@ -127,9 +126,9 @@ def _figures(runs: Runs, cell: Cell, methods: list[str]) -> Iterator[Figure]:
     plain = runs.get((PLAIN, cell))
     base = float(np.median([r["speed"] for r in plain])) if plain else None
     for method in [m for m in methods if not m.startswith(NGRAM) or m == _best_ngram(runs, cell)]:
-        found = runs[method, cell]
-        speeds = [r["speed"] for r in found]
-        speed, last = float(np.median(speeds)), found[-1]
+        rounds = runs[method, cell]
+        speeds = [r["speed"] for r in rounds]
+        speed, last = float(np.median(speeds)), rounds[-1]
         name = f"{method}, best of {sum(m.startswith(NGRAM) for m in methods)}" if method.startswith(NGRAM) else method
         spread = (max(speeds) - min(speeds)) / 2 / speed * 100
         yield Figure(
@@ -220,8 +219,8 @@ def _work(job: dict[str, Any]) -> None:
         pool = f"{framework}-{'items' if workload == 'items' else 'users'}"
         engine.run(pool, list(itertools.islice(queue, 2)), batch)
         n = batch if job["quick"] else REQUESTS[batch]
-        found = engine.run(pool, list(itertools.islice(queue, n)), batch)
-        print(json.dumps({"cell": (framework, workload, batch), **found}))
+        figures = engine.run(pool, list(itertools.islice(queue, n)), batch)
+        print(json.dumps({"cell": (framework, workload, batch), **figures}))
 
 
 class _Engine:
@@ -284,8 +283,10 @@ class _Engine:
         """The texts of the requests, drafted from `pool`, as tokens behind the LEAD_TOKENS that end the prompt."""
         for request in requests:
             self._add(pool, request)
-        found = {o.request_id: [*o.prompt_token_ids[-LEAD_TOKENS:], *o.outputs[0].token_ids] for o in self._finish()}
-        return [found[str(r[0])] for r in requests]
+        by_request = {
+            o.request_id: [*o.prompt_token_ids[-LEAD_TOKENS:], *o.outputs[0].token_ids] for o in self._finish()
+        }
+        return [by_request[str(r[0])] for r in requests]
 
     def lead_of_best(self, request: Any, answer: list[int]) -> float:
         """By how much the likeliest next token's logit exceeds the second's, after the prompt and `answer`."""
@@ -318,7 +319,7 @@ class _Engine:
 
     @staticmethod
     def _write_pools(job: dict[str, Any]) -> None:
-        from owlrec.decoding.pools import write_pool
+        from owlrec_decoding.pools import write_pool
 
         identity = model_identity(PACKAGED)
         for framework, file in job["pool_texts"].items():

@@ -9,11 +9,11 @@ from pathlib import Path
 import pipelines
 from benchmarks.arms import arm_figure
 from benchmarks.table import Figure, options_parser, show
-from owlrec.ctr.experiment import finished_trials, summarise, trials
+from owlrec.ctr.experiment import finished_trials, summarize, trials
 from owlrec.ops.report import REPORTED_STAGES
 from owlrec.recipe import Recipe, load_recipe
+from owlrec.releases.format import measure_lookup
 from owlrec.releases.release import open_release
-from owlrec.releases.rows import measure_lookup
 from owlrec.shards import finished_stage
 from owlrec.workspace import Workspace
 
@@ -45,11 +45,11 @@ def read(recipe: Recipe, workspace: Workspace) -> list[Figure]:
     for what in ("users", "items", "samples_train"):
         figures.append(Figure(measure="rows", method=what, value=stages["prepare"].counts[what], unit=""))
     with open_release(workspace, verify=False) as release:
-        found = measure_lookup(release.store, "user", workspace.read_table("users")["user_id"].to_numpy())
+        latencies = measure_lookup(release.store, "user", workspace.read_table("users")["user_id"].to_numpy())
     for what in ("knowledge", "vector"):
-        figures.append(Figure(measure="lookup", method=what, value=found[f"{what}_p50_us"], unit="µs, p50"))
+        figures.append(Figure(measure="lookup", method=what, value=latencies[f"{what}_p50_us"], unit="µs, p50"))
     results = finished_trials(workspace, stages["train_ctr"].outputs["grid"], trials(recipe.ctr))
-    return figures + [arm_figure(row) for row in summarise(results)]
+    return figures + [arm_figure(row) for row in summarize(results)]
 
 
 if __name__ == "__main__":

@@ -25,19 +25,19 @@ from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.dataset import encode_tables, open_features
 from owlrec.ctr.experiment import CTRConfig, DistillationConfig, SoftLabels, Trial
 from owlrec.ctr.trainer import TrainingData, train_one
-from owlrec.decoding import DecodingConfig
-from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.vectors import EncoderConfig
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.engine import Completion, Engine, EngineConfig, SamplingConfig
+from owlrec.generation.engines import Completion, Engine, EngineConfig, SamplingConfig
+from owlrec.ids import shard_of
 from owlrec.ops.console import note
-from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.questions import ScorePairs, Teacher, pair_inputs
-from owlrec.ranking.samples import TuningDataConfig
+from owlrec.ranking.question_sets import ScorePairs, Teacher, pair_inputs
+from owlrec.ranking.samples import RankingConfig, TuningDataConfig
 from owlrec.runner import run_stage
 from owlrec.scenario import get_scenario
-from owlrec.schema import INTERACTIONS, SAMPLE_ROWS, shard_of
+from owlrec.schema import INTERACTIONS, SAMPLE_ROWS
 from owlrec.sources.splits import SplitConfig
 from owlrec.workspace import Workspace, table_file
+from owlrec_decoding import DecodingConfig
 
 USERS, ITEMS, SEEDS = 1000, 100, (0, 1, 2)
 SHARE = 0.1  # of the train samples that have a label
@@ -136,8 +136,11 @@ def model_aucs(world: PlantedWorld, pairs: DistillationConfig, config: CTRConfig
             encode_tables(
                 workspace, "grid", attributes=["genre"], profile=[], min_item_count=1, soft_labels=soft_labels
             )
-            sides = {"user": trait_vectors(world.user_traits, seed=1), "item": trait_vectors(world.item_traits, seed=2)}
-            data = TrainingData(open_features(workspace, "grid"), {"knowledge": sides})
+            kind_tables = {
+                "user": trait_vectors(world.user_traits, seed=1),
+                "item": trait_vectors(world.item_traits, seed=2),
+            }
+            data = TrainingData(open_features(workspace, "grid"), {"knowledge": kind_tables})
             trial = Trial(backbone="dcnv2", arm="knowledge", seed=seed)
             aucs[name] = train_one(trial, data, config).result.test.auc
     return aucs
@@ -159,13 +162,15 @@ def _marks(traits: Sequence[int]) -> str:
 
 def _figures(options: argparse.Namespace) -> Iterator[Figure]:
     users = USERS // 4 if options.quick else USERS
-    world, of_seed = plant(users, ITEMS), []
+    world, seeds = plant(users, ITEMS), []
     for seed in SEEDS[:1] if options.quick else SEEDS:
-        of_seed.append(model_aucs(world, PAIRS, CONFIG, seed))
-        note(", ".join(f"{MODELS[name]}: {auc:.4f}" for name, auc in of_seed[-1].items()) + f" (seed {seed})")
+        seeds.append(model_aucs(world, PAIRS, CONFIG, seed))
+        note(", ".join(f"{MODELS[name]}: {auc:.4f}" for name, auc in seeds[-1].items()) + f" (seed {seed})")
     for name, method in MODELS.items():
-        aucs = [found[name] for found in of_seed]
-        gaps = [(found[name] - found["labels"]) / (found["all"] - found["labels"]) for found in of_seed]
+        aucs = [seed_aucs[name] for seed_aucs in seeds]
+        gaps = [
+            (seed_aucs[name] - seed_aucs["labels"]) / (seed_aucs["all"] - seed_aucs["labels"]) for seed_aucs in seeds
+        ]
         each = ", ".join(f"{auc:.4f}" for auc in aucs)
         closed = f"; share of the gap {', '.join(f'{gap:.2f}' for gap in gaps)}" if name == "taught" else ""
         yield Figure(

@@ -20,22 +20,24 @@ import pyarrow as pa
 from benchmarks.samples import RATED
 from benchmarks.table import Figure, options_parser, show
 from owlrec.generation import VllmEngineConfig
-from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.job import SHARDS_IN_FLIGHT, GenerateConfig, GenerationJob, build_job, table_inputs
-from owlrec.generation.models import PACKAGED, resolve_model
+from owlrec.generation.engines import PACKAGED, SamplingConfig, resolve_model
+from owlrec.generation.job import (
+    SHARDS_IN_FLIGHT,
+    GenerateConfig,
+    GenerateStage,
+    GenerationJob,
+    build_job,
+    table_inputs,
+)
 from owlrec.generation.quality import QualityConfig
 from owlrec.generation.vllm_engine import prepare_environment
-from owlrec.generation.worker import GenerateStage
-from owlrec.prompting.rows import PromptConfig, user_prompts
-from owlrec.recipe import RayConfig
+from owlrec.prompting.prompts import PromptConfig, user_prompts
 from owlrec.runner import Pool, run_stage
-from owlrec.runs.batch import engine_cpus
-from owlrec.runs.stage import ray_session
+from owlrec.runs.stages import engine_cpus, ray_session
 from owlrec.scenario import get_scenario
 from owlrec.shards import finish_stage
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.movielens import MovieLens100KSource
-from owlrec.sources.splits import SplitConfig, build_samples
+from owlrec.sources.datasets import MovieLens100KSource
+from owlrec.sources.splits import ItemCatalog, SplitConfig, build_samples
 from owlrec.workspace import Workspace
 
 PROMPTS, NEW_TOKENS, ROWS_AT_ONCE = 1000, 64, 128
@@ -60,8 +62,8 @@ def _in_process(**job: Any) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{job} failed:\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 def _speed(prompts: int, rounds: int) -> list[Figure]:
@@ -69,15 +71,15 @@ def _speed(prompts: int, rounds: int) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         _movielens(Workspace(folder), prompts)
         for round_ in range(rounds):
-            for method, found in speeds.items():
-                found.append(_in_process(method=method, folder=folder)["speed"])
-                print(f"round {round_ + 1} of {rounds}: {method} {found[-1]:.1f} tokens/s", file=sys.stderr, flush=True)
+            for method, rates in speeds.items():
+                rates.append(_in_process(method=method, folder=folder)["speed"])
+                print(f"round {round_ + 1} of {rounds}: {method} {rates[-1]:.1f} tokens/s", file=sys.stderr, flush=True)
     raw = float(np.median(speeds[RAW]))
     peer = float(np.median(speeds[RAY]))
     figures = []
-    for method, found in speeds.items():
-        speed = float(np.median(found))
-        unit = f"tokens/s (±{(max(found) - min(found)) / 2 / speed:.0%})"
+    for method, rates in speeds.items():
+        speed = float(np.median(rates))
+        unit = f"tokens/s (±{(max(rates) - min(rates)) / 2 / speed:.0%})"
         measure = f"{prompts} prompts, one engine"
         figures.append(
             Figure(measure=measure, method=method, value=round(speed, 1), unit=unit, ratio_to=RAW, ratio=speed / raw)
@@ -94,7 +96,7 @@ def _movielens(workspace: Workspace, prompts: int) -> None:
     histories = build_samples(raw.interactions, SplitConfig(cuts=("half",)), RATED).histories
     users, catalog = raw.users, raw.items
     more = max(0, prompts - histories.num_rows)
-    if more:  # the same user one behaviour earlier is another prompt
+    if more:  # the same user one behavior earlier is another prompt
         rows = [
             {**r, "user_id": r["user_id"] + 10**6, "items": r["items"][:-1], "ratings": r["ratings"][:-1]}
             for r in histories.slice(0, more).to_pylist()
@@ -110,8 +112,8 @@ def _movielens(workspace: Workspace, prompts: int) -> None:
 def _work(task: dict[str, Any]) -> None:
     """One measurement, in its own process; prints it as a line of JSON."""
     workspace = Workspace(task["folder"])
-    found = {RAW: _raw, RAY: _ray_data_llm, OURS: _ours}[task["method"]](workspace, task)
-    print(json.dumps(found))
+    result = {RAW: _raw, RAY: _ray_data_llm, OURS: _ours}[task["method"]](workspace, task)
+    print(json.dumps(result))
 
 
 def _engine() -> VllmEngineConfig:
@@ -126,7 +128,7 @@ def _job(engine: VllmEngineConfig, quality: QualityConfig) -> GenerationJob:
 
 def _prompts(workspace: Workspace) -> list[list[dict[str, str]]]:
     """The conversations that OwlRec would ask about."""
-    from owlrec.generation.models import load_tokenizer
+    from owlrec.generation.engines import load_tokenizer
 
     tokenizer, job = load_tokenizer(PACKAGED), _job(_engine(), QualityConfig())
     rows = user_prompts(
@@ -160,7 +162,7 @@ def _ray_data_llm(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
     conversations = _prompts(workspace)
     prepare_environment(_engine(), cpu=True)
     # Its chat-template and tokenizer stages hold a logical CPU each, for which the engine would wait for ever on two.
-    with ray_session(RayConfig(num_cpus=8), workspace.log_path("ray")):
+    with ray_session("local[8]", workspace.log_path("ray")):
         small, all_ = (_ask_ray_data_llm(c) for c in (conversations[: len(conversations) // 16], conversations))
     return {"speed": (all_[0] - small[0]) / (all_[1] - small[1])}
 
@@ -192,7 +194,7 @@ def _ask_ray_data_llm(conversations: list[list[dict[str, str]]]) -> tuple[int, f
 
 def _ours(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
     engine = _engine()
-    job = _job(engine, QualityConfig(enabled=False))
+    job = _job(engine, QualityConfig(policy="off"))
     workspace.delete_dir(job.folder)
     pool = Pool(
         here=False,
@@ -200,7 +202,7 @@ def _ours(workspace: Workspace, _: dict[str, Any]) -> dict[str, Any]:
         in_flight=SHARDS_IN_FLIGHT,
         log_path=str(workspace.log_path("engine")),
     )
-    with ray_session(RayConfig(), workspace.log_path("ray")):
+    with ray_session("local", workspace.log_path("ray")):
         cards = run_stage(workspace, GenerateStage(job, engine), table_inputs(workspace, ("user",)), pool).values()
     began, ended = min(c.finished - c.seconds for c in cards), max(c.finished for c in cards)
     return {"speed": sum(int(c.counts["output_tokens"]) for c in cards) / (ended - began)}

@@ -26,23 +26,20 @@ from benchmarks.serving_processes import free_port, owlrec, process, wait_for_an
 from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.experiment import finished_trials, trials
 from owlrec.ops.console import note, table
-from owlrec.prompting.rows import Prompt, PromptConfig, user_prompts
+from owlrec.prompting.prompts import Prompt, PromptConfig, user_prompts
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.shards import needed_stage
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace
 
 READ_UNTIL = 1_300_000_000_000  # ms: where CoLaKG's train split ends
 DAY = 86_400_000
 BEFORE = 0.8  # of the plays that are in neither split: as many as CoLaKG's own train split has
 SHOP = {
-    "name": "music shop",
-    "item": "artist",
-    "items": "artists",
+    "nouns": ["artist", "artists"],
     "consumed": "listened to",
     "history": "listening history",
     "rating_unit": "",
-    "passed_over": "was offered but did not listen to",
     "user_factors": ["style", "mood", "era", "country", "listening preference"],
     "item_factors": ["style", "mood", "era", "country", "the listeners they appeal to"],
     "positive_above": 0,
@@ -79,9 +76,9 @@ def write_tables(data: Path, folder: Path) -> None:
     pq.write_table(pa.table(items), folder / "items.parquet")
     plays, split = pq.read_table(data / "plays.parquet"), pq.read_table(data / "colakg.parquet")
     keys = [split[name].to_pylist() for name in ("user_id", "artist_id", "split")]
-    sides = {(user, artist): side == "train" for user, artist, side in zip(*keys, strict=True)}
+    is_early = {(user, artist): name == "train" for user, artist, name in zip(*keys, strict=True)}
     user, artist = plays["user_id"].to_numpy(), plays["artist_id"].to_numpy()
-    times = stand_in(user, [sides.get(key) for key in zip(user.tolist(), artist.tolist(), strict=True)])
+    times = stand_in(user, [is_early.get(key) for key in zip(user.tolist(), artist.tolist(), strict=True)])
     pq.write_table(pa.table({"user_id": user, "item_id": artist, "timestamp": times}), folder / "plays.parquet")
 
 
@@ -92,7 +89,7 @@ def stand_in(user: np.ndarray, before: list[bool | None], seed: int = 0) -> np.n
     """
     random = np.random.default_rng(seed)
     drawn = random.random(len(user)) < BEFORE
-    early = np.array([chance if side is None else side for side, chance in zip(before, drawn, strict=True)])
+    early = np.array([chance if given is None else given for given, chance in zip(before, drawn, strict=True)])
     order = np.lexsort((random.random(len(user)), early, user))  # of each user the late ones first
     keys = 2 * user[order] + early[order]
     starts = np.flatnonzero(np.diff(keys, prepend=keys[0] - 1))
@@ -140,14 +137,14 @@ def run_stages(recipe: Path, data: Path) -> None:
 def aucs(recipe: Recipe, workspace: Workspace) -> list[Figure]:
     """Test AUC of each arm, mean over the seeds."""
     grid = needed_stage(workspace, "train_ctr", "").outputs["grid"]
-    found: dict[str, list[float]] = {}
+    arm_aucs: dict[str, list[float]] = {}
     for result in finished_trials(workspace, grid, trials(recipe.ctr)):
-        found.setdefault(result.trial.arm, []).append(result.test.auc)
+        arm_aucs.setdefault(result.trial.arm, []).append(result.test.auc)
     return [
         Figure(
             measure="DIN, test", method=arm, value=round(float(np.mean(values)), 4), unit=f"AUC, {len(values)} seeds"
         )
-        for arm, values in found.items()
+        for arm, values in arm_aucs.items()
     ]
 
 

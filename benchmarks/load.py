@@ -1,7 +1,7 @@
 """A load generator over HTTP/1.1, as a process of its own: open loop (arrivals come when they come, and wait is
 counted) or closed loop (as fast as answers arrive).
 
-`python -m benchmarks.load` reads a LoadJob as JSON from its standard input and prints a LoadResult as JSON. It speaks
+`python -m benchmarks.load` reads a LoadSpec as JSON from its standard input and prints a LoadResult as JSON. It speaks
 just enough HTTP to cost the measured machine little: one request a time on each of its connections, answers with a
 Content-Length.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 
-class LoadJob(BaseModel):
+class LoadSpec(BaseModel):
     """What to ask, and how often."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
@@ -42,7 +42,7 @@ class LoadResult(BaseModel):
     seconds: float
     asked: int
     statuses: dict[str, int]  # "lost" for an answer that never came
-    ok_per_s: float  # that came before the seconds of the job were over
+    ok_per_s: float  # that came before the seconds of the spec were over
     ok_p50_ms: float
     ok_p99_ms: float
     refused_p99_ms: float  # of every answer but 200
@@ -52,20 +52,20 @@ class LoadResult(BaseModel):
 
 
 def main() -> None:
-    """Runs the job that standard input holds."""
-    print(asyncio.run(_Load(LoadJob.model_validate_json(sys.stdin.read())).run()).model_dump_json())
+    """Runs the spec that standard input holds."""
+    print(asyncio.run(_Load(LoadSpec.model_validate_json(sys.stdin.read())).run()).model_dump_json())
 
 
 class _Load:
-    def __init__(self, job: LoadJob) -> None:
-        self.job = job
-        parts = urlsplit(job.url)
+    def __init__(self, spec: LoadSpec) -> None:
+        self.spec = spec
+        parts = urlsplit(spec.url)
         self.host, self.port = parts.hostname or "127.0.0.1", parts.port or 80
-        self.requests = _requests(job, parts.path)
+        self.requests = _requests(spec, parts.path)
         self.free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-        self.slots = asyncio.Semaphore(job.connections)
+        self.slots = asyncio.Semaphore(spec.connections)
         self.times: list[tuple[int, float]] = []  # status (0: lost), seconds
-        self.ok_in_time = 0  # before the job's seconds were over
+        self.ok_in_time = 0  # before the spec's seconds were over
         self.end = 0.0
         self.labels: dict[str, set[str]] = {}
         self.mixed = 0
@@ -73,11 +73,11 @@ class _Load:
 
     async def run(self) -> LoadResult:
         start = time.perf_counter()
-        self.end = start + self.job.seconds
-        if self.job.rate is None:
-            await asyncio.gather(*[self._closed(worker) for worker in range(self.job.connections)])
+        self.end = start + self.spec.seconds
+        if self.spec.rate is None:
+            await asyncio.gather(*[self._closed(worker) for worker in range(self.spec.connections)])
         else:
-            gaps = np.random.default_rng(0).exponential(1 / self.job.rate, int(self.job.rate * self.job.seconds * 2))
+            gaps = np.random.default_rng(0).exponential(1 / self.spec.rate, int(self.spec.rate * self.spec.seconds * 2))
             due = start + np.cumsum(gaps)
             due = due[due < self.end]
             tasks = []
@@ -92,7 +92,7 @@ class _Load:
         number = worker
         while (now := time.perf_counter()) < self.end:
             await self._one(number, now)
-            number += self.job.connections
+            number += self.spec.connections
 
     async def _one(self, number: int, due: float) -> None:
         async with self.slots:
@@ -105,10 +105,10 @@ class _Load:
                     self.free.append((reader, writer))
                 else:
                     writer.close()
-                if status == 200 and self.job.check_labels:
+                if status == 200 and self.spec.check_labels:
                     self._check(body)
-                if status == 200 and self.job.count and time.perf_counter() - due <= self.job.count_within_s:
-                    self.counted += self.job.count.encode() in body
+                if status == 200 and self.spec.count and time.perf_counter() - due <= self.spec.count_within_s:
+                    self.counted += self.spec.count.encode() in body
             except (OSError, asyncio.IncompleteReadError, TimeoutError):
                 status = 0
             now = time.perf_counter()
@@ -142,25 +142,25 @@ class _Load:
             seconds=seconds,
             asked=len(self.times),
             statuses=dict(counts),
-            ok_per_s=self.ok_in_time / self.job.seconds,
+            ok_per_s=self.ok_in_time / self.spec.seconds,
             ok_p50_ms=percentile(ok, 50),
             ok_p99_ms=percentile(ok, 99),
             refused_p99_ms=percentile(refused, 99),
             counted=self.counted,
-            labels={release: sorted(found) for release, found in self.labels.items()},
+            labels={release: sorted(seen) for release, seen in self.labels.items()},
             mixed=self.mixed,
         )
 
 
-def _requests(job: LoadJob, path: str) -> list[bytes]:
-    headers = {"Host": urlsplit(job.url).netloc, **job.headers}
+def _requests(spec: LoadSpec, path: str) -> list[bytes]:
+    headers = {"Host": urlsplit(spec.url).netloc, **spec.headers}
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    if not job.bodies:
-        return [f"GET {one} HTTP/1.1\r\n{lines}\r\n".encode() for one in job.paths]
+    if not spec.bodies:
+        return [f"GET {one} HTTP/1.1\r\n{lines}\r\n".encode() for one in spec.paths]
     kind = "Content-Type: application/json\r\n"
     return [
         f"POST {path} HTTP/1.1\r\n{lines}{kind}Content-Length: {len(body.encode())}\r\n\r\n{body}".encode()
-        for body in job.bodies
+        for body in spec.bodies
     ]
 
 

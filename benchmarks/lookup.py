@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.table import Figure, options_parser, show
-from owlrec.releases import ReleaseInfo, open_release, publish
+from owlrec.releases import open_release
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE, vectors_schema
 from owlrec.workspace import Workspace
 

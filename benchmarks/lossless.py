@@ -35,7 +35,7 @@ def main() -> None:
 def _compare(folder: Path, job: dict[str, Any], requests: list[Any]) -> list[Figure]:
     write = {"write": {"kar-users": requests}}
     plain, strict = (
-        [found["tokens"][LEAD_TOKENS:] for found in in_process(folder, {**job, **write, "method": method})]
+        [answer["tokens"][LEAD_TOKENS:] for answer in in_process(folder, {**job, **write, "method": method})]
         for method in (PLAIN, "owlrec strict")
     )
     same = sum(a == b for a, b in zip(plain, strict, strict=True))

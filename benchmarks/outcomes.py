@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from benchmarks.table import Figure, options_parser, show
 from owlrec.ctr.experiment import finished_trials, trials
 from owlrec.recipe import Recipe
-from owlrec.runs.batch import prepare
-from owlrec.runs.ctr import train_ctr
+from owlrec.runs.models import train_ctr
+from owlrec.runs.stages import prepare
 from owlrec.shards import needed_stage
-from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.sources.datasets import MovieLens100KSource
 from owlrec.workspace import Workspace
 
 BACKBONES = ("din", "dcnv2")
@@ -75,10 +75,10 @@ def train(folder: Path, log: str, options: argparse.Namespace) -> dict[str, list
     prepare(recipe, workspace)
     train_ctr(recipe, workspace)
     grid = needed_stage(workspace, "train_ctr", "").outputs["grid"]
-    found: dict[str, list[float]] = {backbone: [] for backbone in BACKBONES}
+    aucs: dict[str, list[float]] = {backbone: [] for backbone in BACKBONES}
     for result in finished_trials(workspace, grid, trials(recipe.ctr)):
-        found[result.trial.backbone].append(result.test.auc)
-    return found
+        aucs[result.trial.backbone].append(result.test.auc)
+    return aucs
 
 
 if __name__ == "__main__":

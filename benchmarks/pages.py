@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from benchmarks.plan import LONG_PARTS, PARTS, Part
 from benchmarks.table import Figure
-from owlrec.ops.charts import bar_chart, standalone
+from owlrec.ops.report import bar_chart, standalone
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

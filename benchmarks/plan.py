@@ -104,8 +104,8 @@ LONG_PARTS = (
     ),
     Part(
         "ranking-longer",
-        "ranking_quality --only longer --shots 1024 --behaviours 10 30",
-        "Recent or retrieved behaviours, for the ranker of 1,024 shots (behind ranking-shots; 25 minutes)?",
+        "ranking_quality --only longer --shots 1024 --behaviors 10 30",
+        "Recent or retrieved behaviors, for the ranker of 1,024 shots (behind ranking-shots; 25 minutes)?",
     ),
     Part(
         "distillation",

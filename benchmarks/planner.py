@@ -1,6 +1,6 @@
 """The planner against measurement: a small run of MovieLens-100K, estimates from it, and the whole of it as it went.
 
-Of every user the first 60 % of behaviours are in the tables, the next 20 % come as events. A small world of 200 users
+Of every user the first 60 % of behaviors are in the tables, the next 20 % come as events. A small world of 200 users
 is asked about individually and by cohorts, then refreshed; its figures plan three policies for all 943 users and 1,682
 items: a text for each (individual), for each cohort (collective), and a refresh of who has acted (streaming). Then
 these three are run and the errors printed: texts, tokens, and time, which is that of the stage with its start, for the
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.samples import RATED, labelled
+from benchmarks.samples import RATED, labeled
 from benchmarks.table import Figure, options_parser, show
-from owlrec.generation.models import PACKAGED
+from owlrec.generation.engines import PACKAGED
 from owlrec.ops.cost import (
     Demand,
     FleetConfig,
@@ -34,14 +34,14 @@ from owlrec.ops.cost import (
 )
 from owlrec.recipe import Recipe
 from owlrec.refresh.state import pointer
-from owlrec.runs.refresh import run as run_refresh
-from owlrec.runs.stage import stage_function
+from owlrec.runs.stages import stage_function
+from owlrec.runs.upkeep import run as run_refresh
 from owlrec.schema import HISTORIES
 from owlrec.shards import finish_stage, finished_stage
-from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.sources.datasets import MovieLens100KSource
 from owlrec.workspace import Workspace, shards_for
 
-READ, NEWS = 0.6, 0.2  # shares of a user's behaviours: in the tables, and then as events
+READ, NEWS = 0.6, 0.2  # shares of a user's behaviors: in the tables, and then as events
 SIZES = {"small": (200, 320), "whole": (None, None)}
 QUICK = {"small": (60, 100), "whole": (150, 250)}
 MACHINE = {"name": "this machine", "accelerator": "CPU", "gpus": 1, "price_per_gpu_hour": 0.0}
@@ -56,13 +56,13 @@ def main() -> None:
     parser.add_argument("--measured", help="a workspace to plan from, in place of the small run")
     parser.add_argument("--against", nargs="+", default=[], help="workspaces whose generation run is planned")
     options = parser.parse_args()
-    figures = list(_of_finished(options) if options.measured else _of_three_policies(options))
+    figures = list(_finished_figures(options) if options.measured else _policy_figures(options))
     errors = [abs(f.ratio - 1) for f in figures if f.ratio is not None]
     figures.append(Figure(measure="largest error", method="planner", value=round(100 * max(errors), 1), unit="%"))
     show("planner against measurement", figures, options)
 
 
-def _of_three_policies(options: argparse.Namespace) -> Iterator[Figure]:
+def _policy_figures(options: argparse.Namespace) -> Iterator[Figure]:
     folder = options.workspace / ("quick" if options.quick else "full")
     sizes, tokens = (QUICK, 16) if options.quick else (SIZES, 64)
     small = _run(folder / "small", sizes["small"], tokens, "both", refresh=True)
@@ -81,7 +81,7 @@ def _of_three_policies(options: argparse.Namespace) -> Iterator[Figure]:
         yield from _compared(policy, _planned(workload, texts), _taken(workspace, streaming=policy == "streaming"))
 
 
-def _of_finished(options: argparse.Namespace) -> Iterator[Figure]:
+def _finished_figures(options: argparse.Namespace) -> Iterator[Figure]:
     workload = measured_workload(Workspace(options.measured), SHARD_ROWS)
     for name in options.against:
         workspace = Workspace(name)
@@ -163,7 +163,7 @@ def _prepare(workspace: Workspace, size: tuple[int | None, int | None]) -> None:
     users, first, count = np.unique(order["user_id"].to_numpy(), return_index=True, return_counts=True)
     place = (np.arange(order.num_rows) - np.repeat(first, count)) / np.repeat(count, count)
     read, news = order.filter(pa.array(place < READ)), order.filter(pa.array((place >= READ) & (place < READ + NEWS)))
-    tables = {"users": raw.users, "interactions": labelled(read), "histories": _histories(read)}
+    tables = {"users": raw.users, "interactions": labeled(read), "histories": _histories(read)}
     for name, table in tables.items():
         workspace.write_table(name, table, key="user_id", n_shards=shards_for(len(users), SHARD_ROWS))
     workspace.write_table("items", raw.items, key="item_id", n_shards=shards_for(raw.items.num_rows, SHARD_ROWS))
@@ -178,9 +178,9 @@ def _prepare(workspace: Workspace, size: tuple[int | None, int | None]) -> None:
 
 def _histories(read: pa.Table) -> pa.Table:
     rows = [
-        {"user_id": int(user), "as_of": int(of["timestamp"].iloc[-1]), "items": of["item_id"].tolist(),
-         "ratings": of["rating"].tolist()}
-        for user, of in read.to_pandas().groupby("user_id")
+        {"user_id": int(user), "as_of": int(behaviors["timestamp"].iloc[-1]), "items": behaviors["item_id"].tolist(),
+         "ratings": behaviors["rating"].tolist()}
+        for user, behaviors in read.to_pandas().groupby("user_id")
     ]  # fmt: skip
     return pa.Table.from_pylist(rows, schema=HISTORIES)
 

@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from owlrec import schema
+from owlrec.ctr.dataset import reduced
 from owlrec.ctr.experiment import CTRConfig
 from owlrec.ctr.features import build_features
-from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.pca import reduced
+from owlrec.ctr.knowledge_tables import KnowledgeTable
 from owlrec.ctr.trainer import TrainingData
-from owlrec.encoding.encoder import Encoder
+from owlrec.encoding.vectors import Encoder
 
 HISTORY = 5
 GENRE_LOGITS = (-2.0, -0.7, 0.7, 2.0)
@@ -35,7 +35,7 @@ POLES = (
         ("castles and medieval knights", "courts of old kingdoms", "monks and peasants of the Middle Ages", "crusades"),
     ),
     (
-        ("slapstick and jokes", "light-hearted laughs", "witty comedy", "silly, cheerful humour"),
+        ("slapstick and jokes", "light-hearted laughs", "witty comedy", "silly, cheerful humor"),
         ("terrifying ghosts", "blood and gore", "nightmarish horror", "dread in dark cellars"),
     ),
     (

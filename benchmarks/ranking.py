@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.table import Figure, options_parser, show
-from owlrec.encoding.projection import unit_rows
+from owlrec.encoding.compression import unit_rows
 from owlrec.generation import VllmEngineConfig, token_counter
-from owlrec.generation.models import PACKAGED, load_tokenizer, resolve_model
-from owlrec.prompting.ranking import NO, YES, RankPromptConfig, rank_prompt
+from owlrec.generation.engines import PACKAGED, load_tokenizer, resolve_model
+from owlrec.prompting.frameworks import NO, YES, RankPromptConfig, rank_prompt
 from owlrec.scenario import get_scenario
-from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.sources.datasets import MovieLens100KSource
 
 PARTS = ("prefix", "parity", "tuning", "retrieval")
 CANDIDATES, HISTORY = 50, 30
@@ -65,11 +65,11 @@ def measure_prefix(folder: Path, quick: bool) -> list[Figure]:
         speeds = {}
         for caching in (True, False):
             job = {"do": "score", "lists": lists, "args": {"enable_prefix_caching": caching}}
-            found = in_process(folder, job)
-            speeds["prefix cache" if caching else "no prefix cache"] = CANDIDATES / np.array(found["seconds"])
+            timed = in_process(folder, job)
+            speeds["prefix cache" if caching else "no prefix cache"] = CANDIDATES / np.array(timed["seconds"])
         if retrieved_for == "set" and not quick:
-            found = in_process(folder, {"do": "one_by_one", "lists": lists[:3]})
-            speeds["transformers, one at a time"] = CANDIDATES / np.array(found["seconds"])
+            timed = in_process(folder, {"do": "one_by_one", "lists": lists[:3]})
+            speeds["transformers, one at a time"] = CANDIDATES / np.array(timed["seconds"])
         base = statistics.median(speeds["no prefix cache"])
         for method, values in speeds.items():
             middle, spread = statistics.median(values), (max(values) - min(values)) / 2
@@ -101,13 +101,13 @@ def measure_parity(folder: Path, quick: bool) -> list[Figure]:
         short = [questions[:timed], questions[:timed]]
         tuned = in_process(folder, {**job, "lists": [*short, questions], "adapter": adapter})
         plain = in_process(folder, {**job, "lists": short, "adapter": None})
-        found = np.array(tuned["scores"])
+        scores = np.array(tuned["scores"])
         pairs = np.triu_indices(n, 1)
-        same = np.sign(np.subtract.outer(found, found)) == np.sign(np.subtract.outer(expected, expected))
+        same = np.sign(np.subtract.outer(scores, scores)) == np.sign(np.subtract.outer(expected, expected))
         method = f"vLLM {dtype}, peft float32"
         figures += [
             Figure(
-                measure="P(yes), largest difference", method=method, value=float(abs(found - expected).max()), unit=""
+                measure="P(yes), largest difference", method=method, value=float(abs(scores - expected).max()), unit=""
             ),
             Figure(measure="pairs in the same order", method=method, value=100 * float(same[pairs].mean()), unit="%"),
             Figure(
@@ -137,7 +137,7 @@ def measure_tuning(folder: Path, quick: bool) -> list[Figure]:
     peer = speeds.get("TRL SFTTrainer")
     return [
         Figure(
-            measure=f"LoRA tuning, {rows} rows, batch {batch}, {history} behaviours",
+            measure=f"LoRA tuning, {rows} rows, batch {batch}, {history} behaviors",
             method=method,
             value=value,
             unit="tokens/s",
@@ -149,18 +149,18 @@ def measure_tuning(folder: Path, quick: bool) -> list[Figure]:
 
 
 def measure_retrieval(folder: Path, quick: bool) -> list[Figure]:
-    """Milliseconds for the 15 behaviours nearest to one candidate, exactly, beside faiss's exact search.
+    """Milliseconds for the 15 behaviors nearest to one candidate, exactly, beside faiss's exact search.
 
     Items are drawn from 10^6, so that few repeat: the fewer do, the more there is to compare with.
     """
     import faiss
 
-    from owlrec.ranking.retrieval import BehaviourRetriever
+    from owlrec.ranking.behavior_retrieval import BehaviorRetriever
 
     rng, n_items, dim, k = np.random.default_rng(0), 10**6, 128, 15
     vectors = rng.standard_normal((n_items, dim), dtype=np.float32)
     ids = np.sort(rng.choice(2**62, n_items, replace=False))
-    retriever = BehaviourRetriever(ids, vectors)
+    retriever = BehaviorRetriever(ids, vectors)
     figures = []
     for length in (10**5, 10**6):
         history = rng.choice(ids, length)
@@ -182,7 +182,7 @@ def measure_retrieval(folder: Path, quick: bool) -> list[Figure]:
                 took.append(1000 * (time.perf_counter() - start))
             figures.append(
                 Figure(
-                    measure=f"retrieval, {length:,} behaviours, {len(opened.rows):,} distinct items",
+                    measure=f"retrieval, {length:,} behaviors, {len(opened.rows):,} distinct items",
                     method=method,
                     value=statistics.median(took),
                     unit=f"ms (p95 {np.percentile(took, 95):.1f})",
@@ -193,9 +193,9 @@ def measure_retrieval(folder: Path, quick: bool) -> list[Figure]:
 
 def lists_of_questions(n_users: int, retrieved_for: str, history: int = HISTORY) -> list[list[Question]]:
     """Of each of `n_users` MovieLens-100K users with a long history, the questions about 50 films they had not seen.
-    Shows `history` behaviours, retrieved once for a set of candidates or for each.
+    Shows `history` behaviors, retrieved once for a set of candidates or for each.
 
-    Retrieved behaviours are drawn at random: which they are does not change the cost.
+    Retrieved behaviors are drawn at random: which they are does not change the cost.
     """
     raw = MovieLens100KSource(type="movielens-100k").load()
     titles = dict(zip(raw.items["item_id"].to_pylist(), raw.items["title"].to_pylist(), strict=True))
@@ -207,15 +207,15 @@ def lists_of_questions(n_users: int, retrieved_for: str, history: int = HISTORY)
     profile, scenario = {"gender": "female", "age": "30"}, get_scenario("movies")
     rng = np.random.default_rng(0)
     lists = []
-    for user in sorted(u for u, of in seen.items() if len(of) >= 2 * HISTORY)[:n_users]:
-        behaviours = [(titles[item], rating) for _, item, rating in sorted(seen[user])]
+    for user in sorted(u for u, items in seen.items() if len(items) >= 2 * HISTORY)[:n_users]:
+        behaviors = [(titles[item], rating) for _, item, rating in sorted(seen[user])]
         fresh = sorted(set(titles) - {item for _, item, _ in seen[user]})
         asked: list[Question] = []
         retrieved: list[tuple[str, float]] = []
         for item in rng.choice(fresh, CANDIDATES, replace=False).tolist():
             if not retrieved or retrieved_for == "candidate":
-                drawn = sorted(rng.choice(len(behaviours), history, replace=False).tolist())
-                retrieved = [behaviours[i] for i in drawn]
+                drawn = sorted(rng.choice(len(behaviors), history, replace=False).tolist())
+                retrieved = [behaviors[i] for i in drawn]
             asked.append(rank_prompt(scenario, profile, titles[item], config, count, retrieved=retrieved))
         lists.append(asked)
     return lists
@@ -229,25 +229,25 @@ def in_process(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{job['do']} failed:\n{done.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(result.read_text())
-    return found
+    answer: dict[str, Any] = json.loads(result.read_text())
+    return answer
 
 
 def _work_score(job: dict[str, Any]) -> dict[str, Any]:
     """Seconds of each list after the first, which warms up, and the scores of the last."""
-    from owlrec.ranking.scorer import Scorer
+    from owlrec.ranking.scorer import LlmScorer
 
     config = {**ENGINE, "engine_args": job["args"], "dtype": job.get("dtype", "auto")}
     adapter = job.get("adapter")
-    scorer = Scorer(VllmEngineConfig(**config), lora_rank=8 if adapter else None)
-    seconds, found = [], None
+    scorer = LlmScorer(VllmEngineConfig(**config), lora_rank=8 if adapter else None)
+    seconds, scored = [], None
     for asked in job["lists"]:
         start = time.perf_counter()
-        found = asyncio.run(scorer.score([(q[0], q[1]) for q in asked], adapter))
+        scored = asyncio.run(scorer.score([(q[0], q[1]) for q in asked], adapter))
         seconds.append(time.perf_counter() - start)
     scorer.close()
-    assert found is not None
-    return {"seconds": seconds[1:], "scores": found.probabilities.tolist()}
+    assert scored is not None
+    return {"seconds": seconds[1:], "scores": scored.probabilities.tolist()}
 
 
 def _work_one_by_one(job: dict[str, Any]) -> dict[str, Any]:
@@ -289,22 +289,22 @@ def _work_peft(job: dict[str, Any]) -> dict[str, Any]:
 def _work_tune(job: dict[str, Any]) -> dict[str, Any]:
     import pyarrow as pa
 
-    from owlrec.ranking.experiment import TuningSettings
-    from owlrec.ranking.tuning import Progress, load_model, tokenise, tune
+    from owlrec.ranking.lora import TuningProgress, load_model, tokenize, tune
+    from owlrec.ranking.samples import TuningSettings
 
     rows = [
         {"user_id": 0, "item_id": i, "system": q[0], "text": q[1], "answer": answer}
         for i, (q, answer) in enumerate(zip(job["questions"], job["answers"], strict=True))
     ]
-    examples = tokenise(pa.Table.from_pylist(rows), load_tokenizer(PACKAGED), max_tokens=4096)
+    examples = tokenize(pa.Table.from_pylist(rows), load_tokenizer(PACKAGED), max_tokens=4096)
     longest = int(examples.lengths.max())
     config = TuningSettings(
         batch_rows=job["batch"], micro_tokens=job["micro"] * longest, dtype=job["dtype"], epochs=1, learning_rate=1e-4
     )
-    few = tokenise(pa.Table.from_pylist(rows[:2]), load_tokenizer(PACKAGED), max_tokens=4096)
+    few = tokenize(pa.Table.from_pylist(rows[:2]), load_tokenizer(PACKAGED), max_tokens=4096)
     ticks: list[float] = []
 
-    def on_step(progress: Progress) -> None:
+    def on_step(progress: TuningProgress) -> None:
         ticks.append(time.perf_counter())
 
     tune(load_model(resolve_model(PACKAGED), None, config), examples, few, config, on_step=on_step)
@@ -371,7 +371,7 @@ def _transformers(dtype: str) -> tuple[Any, Callable[[Question], list[int]], Any
     import torch
     from transformers import AutoModelForCausalLM
 
-    from owlrec.generation.models import render_chat
+    from owlrec.generation.engines import render_chat
 
     torch.set_num_threads(os.cpu_count() or 1)
     tokenizer = load_tokenizer(PACKAGED)

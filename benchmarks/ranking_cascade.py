@@ -22,12 +22,11 @@ from owlrec import evaluation as metrics
 from owlrec.ctr.experiment import CTRConfig
 from owlrec.errors import EngineError, RecipeError
 from owlrec.evaluation import load_calibration
-from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.retrieval import with_candidates
-from owlrec.ranking.samples import in_hash_order
+from owlrec.ranking.behavior_retrieval import with_candidates
+from owlrec.ranking.samples import RankingConfig, in_hash_order
 from owlrec.recipe import Recipe
 from owlrec.schema import SAMPLES, conform
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
@@ -55,13 +54,13 @@ def cascade_figures(recipe: Recipe, workspace: Workspace, folder: str, kept: str
     llm = np.full(raw.shape, np.nan)
     llm[known] = load_calibration(workspace, f"{kept}/calibration.json").apply(raw[known])
     figures = []
-    for found in judge_cascade(labels, ctr, llm, depths=DEPTHS, weights=WEIGHTS):
-        if found.weight == 0 and found.first != DEPTHS[0]:
+    for blended in evaluate_cascade(labels, ctr, llm, depths=DEPTHS, weights=WEIGHTS):
+        if blended.weight == 0 and blended.first != DEPTHS[0]:
             continue
-        blend = f"first {found.first}, LLM weight {found.weight:g}" if found.weight else "DIN alone"
+        blend = f"first {blended.first}, LLM weight {blended.weight:g}" if blended.weight else "DIN alone"
         measure = f"cascade, {lists} lists of {LENGTH}"
-        unit = f"nDCG@10; AUC {found.auc:.4f}, within lists {found.list_auc:.4f}"
-        figures.append(Figure(measure=measure, method=blend, value=found.ndcg, unit=unit))
+        unit = f"nDCG@10; AUC {blended.auc:.4f}, within lists {blended.list_auc:.4f}"
+        figures.append(Figure(measure=measure, method=blend, value=blended.ndcg, unit=unit))
     return figures
 
 
@@ -69,16 +68,16 @@ def ctr_scores(recipe: Recipe, workspace: Workspace, samples: pa.Table, asked: p
     """DIN's, trained on the whole train split: float64 [rows of asked]."""
     known = samples.filter(pc.not_equal(samples["split"], "test")).select(asked.column_names)
     features = features_of(workspace, recipe.domain, pa.concat_tables([known, asked]))
-    found = train("din", features, CTRConfig(epochs=10, patience=2, use_profile=True), seed=0).test
-    assert np.array_equal(found.item_ids, asked["item_id"].to_numpy())
-    return found.scores
+    test = train("din", features, CTRConfig(epochs=10, patience=2, use_profile=True), seed=0).test
+    assert np.array_equal(test.item_ids, asked["item_id"].to_numpy())
+    return test.scores
 
 
 def llm_scores(recipe: Recipe, workspace: Workspace, folder: str, asked: pa.Table) -> np.ndarray:
     """The ranker's, in the way that its adapter was tuned for last: float64 [rows of asked], nan for none."""
     data = (recipe.ranking or RankingConfig()).data
     asked = with_candidates(asked, asked, ItemCatalog.load(workspace).ids)
-    rows = ask_ranker(recipe, workspace, folder, asked, k=data.behaviours, ways=data.shown[-1:])
+    rows = ask_ranker(recipe, workspace, folder, asked, k=data.behaviors, ways=data.shown[-1:])
     if len(rows) != len(asked):
         raise EngineError("cascade: a candidate of the lists has no title. Give all items titles.")
     return rows["tuned"].to_numpy()
@@ -111,11 +110,11 @@ def held_out_lists(samples: pa.Table, *, lists: int, length: int) -> pa.Table:
             f"have {length} samples. Ask for fewer or shorter lists."
         )
     drawn = starts[enough[in_hash_order([users[enough]], seed=0)[:lists]]]
-    found = rows.take(pa.array((drawn[:, None] + np.arange(length)).ravel()))
-    of_first = rows.take(pa.array(np.repeat(drawn, length)))
+    listed = rows.take(pa.array((drawn[:, None] + np.arange(length)).ravel()))
+    first_rows = rows.take(pa.array(np.repeat(drawn, length)))
     for name in ("timestamp", "history", "history_ratings", "history_labels"):
-        found = found.set_column(found.column_names.index(name), SAMPLES.field(name), of_first[name])
-    return found
+        listed = listed.set_column(listed.column_names.index(name), SAMPLES.field(name), first_rows[name])
+    return listed
 
 
 def reorder(ctr: np.ndarray, llm: np.ndarray, *, first: int, weight: float) -> tuple[np.ndarray, np.ndarray]:
@@ -136,7 +135,7 @@ def reorder(ctr: np.ndarray, llm: np.ndarray, *, first: int, weight: float) -> t
     return np.concatenate([by_blend, order[~np.isin(order, head)]]), scores
 
 
-def judge_cascade(
+def evaluate_cascade(
     labels: np.ndarray, ctr: np.ndarray, llm: np.ndarray, *, depths: Sequence[int], weights: Sequence[float]
 ) -> list[CascadeFigures]:
     """Each depth with each weight. labels, ctr, llm: [lists, length], as `held_out_lists` lines them up and `reorder`

@@ -7,9 +7,8 @@ from benchmarks.samples import all_samples
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import Features, build_features
 from owlrec.ctr.trainer import Trained, TrainingData, train_one
-from owlrec.ranking.experiment import RankerRun, RankingConfig
-from owlrec.ranking.judging import RankerResult, write_results
-from owlrec.ranking.samples import draw_shots
+from owlrec.ranking.question_sets import RankerResult, write_results
+from owlrec.ranking.samples import RankerRun, RankingConfig, draw_shots
 from owlrec.scenario import Scenario
 from owlrec.workspace import Workspace
 
@@ -19,15 +18,15 @@ BACKBONES = ("din", "dcnv2")
 def ctr_results(workspace: Workspace, scenario: Scenario, ranking: RankingConfig, run: RankerRun) -> list[RankerResult]:
     """Each model's, stopped on valid; the report shows them beside the ranker's."""
     samples, shots, seed = all_samples(workspace), ranking.data.shots, run.seed
-    limits = {"train": shots, "valid": run.valid_samples, "test": ranking.judging.test_samples}
-    seeds = {"train": seed, "valid": run.judging_seed, "test": run.judging_seed}
+    limits = {"train": shots, "valid": run.valid_samples, "test": run.test_samples}
+    seeds = {"train": seed, "valid": run.evaluation_seed, "test": run.evaluation_seed}
     rows = [draw_shots(samples, None, seeds[split], split)[:limit] for split, limit in limits.items()]
     features = features_of(workspace, scenario, samples.take(pa.array(np.concatenate(rows))))
     few = CTRConfig(batch_size=64, epochs=60, patience=5, use_profile=True)
     results = []
     for name in BACKBONES:
         auc = train(name, features, few, seed).result.test.auc
-        results.append(RankerResult(model=name, shots=shots, behaviours=None, shown="", seed=seed, auc=auc))
+        results.append(RankerResult(model=name, shots=shots, behaviors=None, shown="", seed=seed, auc=auc))
     write_results(workspace, f"ctr-{shots}-{seed}", results)
     return results
 

@@ -1,8 +1,8 @@
-"""How well the LLM ranker ranks: test AUC by shots, by how many behaviours it is shown and which, beside CTR models.
+"""How well the LLM ranker ranks: test AUC by shots, by how many behaviors it is shown and which, beside CTR models.
 
 MovieLens-100K, the recipe `movielens-100k-ranker`, SmolLM2-135M; the `tune_ranker` stage with other settings each time.
-`shots`: tuned on few samples, beside DIN and DCN-V2 trained on the very same ones. `lengths`: K behaviours, recent,
-retrieved or mixed, as the model is and tuned. `longer`: the ranker of the most shots, asked with more behaviours than
+`shots`: tuned on few samples, beside DIN and DCN-V2 trained on the very same ones. `lengths`: K behaviors, recent,
+retrieved or mixed, as the model is and tuned. `longer`: the ranker of the most shots, asked with more behaviors than
 it was tuned on. `mixture`: tuned on recent or retrieved prompts alone, or on both. `sets`: behaviors retrieved once for
 a set of candidates, or for each candidate, on as many shots.
 `cascade`: DIN, trained on the whole train split, orders held-out lists, and the ranker of the most shots re-orders
@@ -27,27 +27,26 @@ from benchmarks.ranking_cascade import cascade_figures
 from benchmarks.ranking_peers import ctr_results
 from benchmarks.ranking_scores import Scored, ask_ranker, auc_figure, scored
 from benchmarks.table import Figure, options_parser, show
-from owlrec.generation.models import PACKAGED, resolve_model
+from owlrec.generation.engines import PACKAGED, resolve_model
 from owlrec.ops.console import note
-from owlrec.ranking.experiment import RankerRun, RankingConfig, TuningSettings
-from owlrec.ranking.judging import Judgement
-from owlrec.ranking.samples import Shown, draw_samples
+from owlrec.ranking.question_sets import Evaluation
+from owlrec.ranking.samples import RankerRun, RankingConfig, Shown, TuningSettings, draw_samples
 from owlrec.recipe import Recipe, load_recipe
-from owlrec.runs.batch import prepare
-from owlrec.runs.ranker import tune_ranker
+from owlrec.runs.models import tune_ranker
+from owlrec.runs.stages import prepare
 from owlrec.shards import finished_stage
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-100k-ranker.yaml"
 PARTS = ("shots", "lengths", "longer", "mixture", "sets", "cascade")
 WAYS = ("recent", "retrieved", "mixed")
-_FIXED_TOKENS, _BEHAVIOUR_TOKENS = 115, 17.5  # of a prompt, about: without behaviours, and for each
+_FIXED_TOKENS, _BEHAVIOR_TOKENS = 115, 17.5  # of a prompt, about: without behaviors, and for each
 _START_S = 60  # of Ray, an engine and their models, for each run
 _QUICK = {
     "shots": [16],
-    "behaviours": [5],
+    "behaviors": [5],
     "shown": 5,
     "length_shots": 16,
     "seeds": [0],
@@ -65,8 +64,8 @@ class Run:
 
     seed: int
     shots: int
-    behaviours: int
-    judged: tuple[Shown, ...]
+    behaviors: int
+    ways: tuple[Shown, ...]
     zero_shot: bool = False
     asked: tuple[str, ...] = ("recent", "retrieved")  # how its samples are asked while it is tuned
     retrieved_for: str = "set"
@@ -84,13 +83,12 @@ class Bench:
         """The recipe with a run's settings."""
         o, values = self.options, self.recipe.model_dump(mode="json")
         changed: dict[str, dict[str, Any]] = {
-            "data": {"shots": run.shots, "behaviours": run.behaviours, "shown": run.asked},
-            "prompt": {"retrieved_for": run.retrieved_for},
+            "data": {"shots": run.shots, "behaviors": run.behaviors, "shown": run.asked},
             "tuning": {"epochs": o.epochs},
-            "judging": {"test_samples": o.test_samples},
         }
         for section, changes in changed.items():
             values["ranking"][section] |= changes
+        values["ranking"]["retrieved_for"] = run.retrieved_for
         return Recipe.model_validate(values)
 
     def settings_of(self, run: Run) -> RankerRun:
@@ -98,8 +96,9 @@ class Bench:
         return RankerRun(
             tuning=TuningSettings(seed=run.seed, epochs=self.options.epochs),
             seed=run.seed,
-            judged=run.judged,
+            ways=run.ways,
             valid_samples=self.options.valid_samples,
+            test_samples=self.options.test_samples,
             zero_shot=run.zero_shot,
         )
 
@@ -116,11 +115,11 @@ class Bench:
         kept, models = self.kept(run), ["zero-shot", "tuned"] if run.zero_shot else ["tuned"]
         if not self.is_done(run):
             card = tune_ranker(self.recipe_of(run), self.workspace, self.settings_of(run))
-            folder = card.outputs["judgements"].rpartition("/")[0]
+            folder = card.outputs["evaluations"].rpartition("/")[0]
             for model in models:
                 rows = self.workspace.read_parquet(f"{folder}/scores-{model}.parquet")
                 self.workspace.write_parquet(f"{kept}/{model}.parquet", rows)
-            for to, name in (("calibration", f"calibration-tuned-{run.judged[0]}"), ("judgements", "judgements")):
+            for to, name in (("calibration", f"calibration-tuned-{run.ways[0]}"), ("evaluations", "evaluations")):
                 self.workspace.write_json(f"{kept}/{to}.json", self.workspace.read_json(f"{folder}/{name}.json"))
             self.workspace.write_json(f"{kept}/run.json", {"folder": folder})
         tables = {model: self.workspace.read_parquet(f"{kept}/{model}.parquet") for model in models}
@@ -129,7 +128,7 @@ class Bench:
     def figures(self, run: Run, measure: str) -> list[Figure]:
         """What a run's models were judged to be worth."""
         self.tuned(run)
-        judgements = map(Judgement.model_validate, self.workspace.read_json(f"{self.kept(run)}/judgements.json"))
+        evaluations = map(Evaluation.model_validate, self.workspace.read_json(f"{self.kept(run)}/evaluations.json"))
         return [
             Figure(
                 measure=measure,
@@ -139,7 +138,7 @@ class Bench:
                 + (f" [{j.interval.low:.4f}, {j.interval.high:.4f}]" if j.interval else "")
                 + f", log-loss {j.log_loss:.4f}, accuracy {j.accuracy:.4f}",
             )
-            for j in judgements
+            for j in evaluations
         ]
 
 
@@ -148,8 +147,8 @@ def main() -> None:
     parser = options_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--shots", type=int, nargs="+", default=[64, 256, 1024], help="any number: 4096 takes hours")
-    parser.add_argument("--shown", type=int, default=5, help="behaviours that a prompt of `shots` and `cascade` shows")
-    parser.add_argument("--behaviours", type=int, nargs="+", default=[5, 10, 15, 20, 30], help="K of lengths, longer")
+    parser.add_argument("--shown", type=int, default=5, help="behaviors that a prompt of `shots` and `cascade` shows")
+    parser.add_argument("--behaviors", type=int, nargs="+", default=[5, 10, 15, 20, 30], help="K of lengths, longer")
     parser.add_argument("--longer-rows", type=int, default=500, help="test rows of `longer`")
     parser.add_argument("--length-shots", type=int, default=256, help="that `lengths` and `mixture` tune on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -183,7 +182,7 @@ def runs_of(part: str, o: Namespace) -> list[Run]:
         "shots": few,
         "cascade": [run for run in few if run.zero_shot],
         "longer": [run for run in few if run.zero_shot],
-        "lengths": [Run(o.seeds[0], o.length_shots, k, WAYS, zero_shot=True) for k in o.behaviours],
+        "lengths": [Run(o.seeds[0], o.length_shots, k, WAYS, zero_shot=True) for k in o.behaviors],
         "mixture": [
             Run(seed, o.length_shots, o.shown, ("retrieved",), asked=asked)
             for seed in o.seeds
@@ -207,15 +206,15 @@ def announce(bench: Bench) -> None:
         return
     read, tuned = 0.0, 0.0
     for run in left:
-        prompt = _FIXED_TOKENS + _BEHAVIOUR_TOKENS * run.behaviours
+        prompt = _FIXED_TOKENS + _BEHAVIOR_TOKENS * run.behaviors
         tuned += prompt * o.epochs * run.shots * len(run.asked)
         stops = o.epochs * o.valid_samples * len(run.asked)
-        judged = (1 + run.zero_shot) * (o.valid_samples + o.test_samples) * len(run.judged)
-        read += prompt * (stops + judged)
+        scoring = (1 + run.zero_shot) * (o.valid_samples + o.test_samples) * len(run.ways)
+        read += prompt * (stops + scoring)
     if "longer" in o.only:
-        read += sum(4 * o.longer_rows * (_FIXED_TOKENS + _BEHAVIOUR_TOKENS * k) for k in o.behaviours)
+        read += sum(4 * o.longer_rows * (_FIXED_TOKENS + _BEHAVIOR_TOKENS * k) for k in o.behaviors)
     if "cascade" in o.only:
-        read += 20 * o.lists * (_FIXED_TOKENS + _BEHAVIOUR_TOKENS * o.shown)
+        read += 20 * o.lists * (_FIXED_TOKENS + _BEHAVIOR_TOKENS * o.shown)
     tuning, reading = tokens_per_s(bench.recipe.ranking or RankingConfig())
     seconds = tuned / tuning + read / reading + _START_S * len(left)
     note(
@@ -228,9 +227,9 @@ def tokens_per_s(config: RankingConfig) -> tuple[float, float]:
     """Of a gradient and of a forward pass of the packaged model, as fast as it is right now."""
     import torch
 
-    from owlrec.ranking.tuning import answer_logits, load_model
+    from owlrec.ranking.lora import answer_logits, load_model
 
-    model = load_model(resolve_model(PACKAGED), None, config.tuning.settings)
+    model = load_model(resolve_model(PACKAGED), None, config.tuning.settings())
     for name, weight in model.named_parameters():
         weight.requires_grad_("q_proj" in name)  # a gradient goes all the way down, as an adapter's does
     prompts = [np.arange(100, 400, dtype=np.int32)] * 3
@@ -249,9 +248,9 @@ def by_shots(bench: Bench) -> list[Figure]:
     for run in runs_of("shots", bench.options):
         measure = f"{run.shots} shots, seed {run.seed}"
         figures += bench.figures(run, measure)
-        judged = bench.recipe_of(run).ranking
-        assert judged is not None
-        for result in ctr_results(bench.workspace, bench.recipe.domain, judged, bench.settings_of(run)):
+        ranking = bench.recipe_of(run).ranking
+        assert ranking is not None
+        for result in ctr_results(bench.workspace, bench.recipe.domain, ranking, bench.settings_of(run)):
             figures.append(Figure(measure=measure, method=result.model, value=result.auc, unit="AUC"))
     return figures
 
@@ -260,12 +259,12 @@ def by_lengths(bench: Bench) -> list[Figure]:
     """Each K with its own adapter."""
     figures: list[Figure] = []
     for run in runs_of("lengths", bench.options):
-        figures += bench.figures(run, f"K = {run.behaviours}, {run.shots} shots")
+        figures += bench.figures(run, f"K = {run.behaviors}, {run.shots} shots")
         rows, _ = bench.tuned(run)
         for model in ("zero-shot", "tuned"):
             for way in WAYS[1:]:
-                pair = [scored(rows[model], of) for of in (way, "recent")]
-                figures.append(auc_figure(f"K = {run.behaviours}", f"{model}: {way} - recent", *pair))
+                pair = [scored(rows[model], shown) for shown in (way, "recent")]
+                figures.append(auc_figure(f"K = {run.behaviors}", f"{model}: {way} - recent", *pair))
     return figures
 
 
@@ -275,13 +274,13 @@ def by_longer(bench: Bench) -> list[Figure]:
     _, folder = bench.tuned(run)
     recipe, workspace = bench.recipe_of(run), bench.workspace
     catalog = ItemCatalog.load(workspace).ids
-    asked = draw_samples(workspace, "test", rows, RankerRun.judging_seed, catalog, exactly=True)
+    asked = draw_samples(workspace, "test", rows, RankerRun.evaluation_seed, catalog, exactly=True)
     figures = []
-    for k in bench.options.behaviours:
+    for k in bench.options.behaviors:
         file = f"{bench.kept(run)}/longer-{k}-{rows}.parquet"
         if not workspace.exists(file):
-            found = ask_ranker(recipe, workspace, folder, asked, k=k, ways=("recent", "retrieved"), zero_shot=True)
-            workspace.write_parquet(file, found)
+            rows_asked = ask_ranker(recipe, workspace, folder, asked, k=k, ways=("recent", "retrieved"), zero_shot=True)
+            workspace.write_parquet(file, rows_asked)
         table = workspace.read_parquet(file)
         for model in ("zero-shot", "tuned"):
             measure = f"K = {k}, {rows} test rows, {model}"
@@ -293,15 +292,15 @@ def by_longer(bench: Bench) -> list[Figure]:
 
 
 def by_mixture(bench: Bench) -> list[Figure]:
-    """As many samples, asked in one way or in both; judged on retrieved behaviours, as ReLLa does."""
+    """As many samples, asked in one way or in both; judged on retrieved behaviors, as ReLLa does."""
     figures: list[Figure] = []
-    of_seed: dict[int, dict[str, Scored]] = {}
+    seed_scores: dict[int, dict[str, Scored]] = {}
     for run in runs_of("mixture", bench.options):
         figures += bench.figures(run, f"tuned on {' + '.join(run.asked)}, {run.shots} shots, seed {run.seed}")
         rows, _ = bench.tuned(run)
-        of_seed.setdefault(run.seed, {})[" + ".join(run.asked)] = scored(rows["tuned"], "retrieved")
-    for seed, found in of_seed.items():
-        (_, both), *single = found.items()
+        seed_scores.setdefault(run.seed, {})[" + ".join(run.asked)] = scored(rows["tuned"], "retrieved")
+    for seed, scores in seed_scores.items():
+        (_, both), *single = scores.items()
         for name, one in single:
             figures.append(auc_figure(f"tuned on both - on one, seed {seed}", f"both - {name}", both, one))
     return figures
@@ -311,13 +310,13 @@ def by_sets(bench: Bench) -> list[Figure]:
     """The same samples, asked with behaviors for each candidate or for its set."""
     figures: list[Figure] = []
     for seed in bench.options.seeds:
-        found = {}
+        scores = {}
         for run in runs_of("sets", bench.options):
             if run.seed == seed:
                 measure = f"retrieved for each {run.retrieved_for}, {run.shots} shots, seed {seed}"
                 figures += bench.figures(run, measure)
-                found[run.retrieved_for] = scored(bench.tuned(run)[0]["tuned"], "retrieved")
-        figures.append(auc_figure(f"for a set, seed {seed}", "set - candidate", found["set"], found["candidate"]))
+                scores[run.retrieved_for] = scored(bench.tuned(run)[0]["tuned"], "retrieved")
+        figures.append(auc_figure(f"for a set, seed {seed}", "set - candidate", scores["set"], scores["candidate"]))
     return figures
 
 

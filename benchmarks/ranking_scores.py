@@ -9,16 +9,14 @@ import pyarrow.compute as pc
 from benchmarks.table import Figure
 from owlrec.evaluation import auc, bootstrap_aucs, percentile_interval
 from owlrec.generation import token_counter
-from owlrec.generation.models import model_identity
-from owlrec.prompting.ranking import YES, rank_fingerprint
-from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.lora import score_questions
-from owlrec.ranking.retrieval import item_retriever
-from owlrec.ranking.samples import Shown, ask_about
-from owlrec.ranking.tuning import open_adapter
+from owlrec.generation.engines import model_identity
+from owlrec.prompting.frameworks import YES, rank_fingerprint
+from owlrec.ranking.behavior_retrieval import item_retriever
+from owlrec.ranking.lora import open_adapter, score_questions
+from owlrec.ranking.samples import RankingConfig, Shown, ask_about
 from owlrec.recipe import Recipe
-from owlrec.runs.stage import ray_session
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.runs.stages import ray_session
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace
 
 
@@ -67,8 +65,8 @@ def ask_ranker(
     models = ({"zero-shot": None} if zero_shot else {}) | {"tuned": adapter}
     with ray_session(recipe.ray, workspace.log_path("ray")):
         scores = score_questions(engine, questions, models, log_path=str(workspace.log_path("asked")))
-    for model, found in scores.items():
-        rows = rows.append_column(model, pa.array(found))
+    for model, model_scores in scores.items():
+        rows = rows.append_column(model, pa.array(model_scores))
     return rows
 
 

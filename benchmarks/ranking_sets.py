@@ -19,14 +19,14 @@ from sklearn.preprocessing import StandardScaler
 from benchmarks.ranking_quality import RECIPE
 from benchmarks.ranking_scores import Scored, auc_figure
 from benchmarks.table import Figure, options_parser, show
-from owlrec.encoding.projection import unit_rows
-from owlrec.ordered import rows_of
-from owlrec.ranking.retrieval import ItemVectors
+from owlrec.encoding.compression import unit_rows
+from owlrec.ids import rows_of
+from owlrec.ranking.behavior_retrieval import ItemVectors
 from owlrec.ranking.samples import draw_samples
 from owlrec.recipe import load_recipe
-from owlrec.runs.batch import prepare
+from owlrec.runs.stages import prepare
 from owlrec.shards import finished_stage
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace
 
 Rule = Callable[[np.ndarray, int, int], np.ndarray]  # cosines [candidates, behaviors], own row, K: the positions shown
@@ -48,9 +48,9 @@ def main() -> None:
         prepare(recipe, workspace)
     vectors = ItemVectors.encoded(workspace, recipe.encoder)
     catalog = ItemCatalog.load(workspace).ids
-    found, mask = vectors.shards.gather(catalog)
+    rows, mask = vectors.shards.gather(catalog)
     assert mask.all()
-    unit = unit_rows(vectors.projection.apply(found))
+    unit = unit_rows(vectors.projection.apply(rows))
     splits = [draw_samples(workspace, split, options.rows, 0, catalog) for split in ("train", "test")]
     show("retrieval for a set", figures_of(splits, catalog, unit, options.behaviors), options)
 

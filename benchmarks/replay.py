@@ -22,14 +22,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+from owlrec.generation.models import PACKAGED, load_tokenizer
 
 from benchmarks.controller import curves
 from benchmarks.table import Figure, options_parser, show
-from owlrec.decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, Shelf, build_pool
-from owlrec.decoding.retrieval import CELLS, AcceptanceRates, draft_rows
-from owlrec.decoding.simulate import Load, Trace, play, play_plain
-from owlrec.generation.models import PACKAGED, load_tokenizer
 from owlrec.ops.console import note
+from owlrec_decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, SearchSet, build_pool
+from owlrec_decoding.pools import CELLS, AcceptanceRates, draft_rows
+from owlrec_decoding.simulate import Load, Trace, play, play_plain
 
 DEPTH = 16
 VOTE_ORDERS, VOTE_FLOOR = (8, 6, 4, 3, 2), 0.25
@@ -175,12 +175,12 @@ class Drafter:
 
     def replay(self, texts: Texts, batch: int, floor: float, given: int = 0) -> Replayed:
         """Writes `texts`, so many at once, learning as the decoder does."""
-        shelf, live, rates, out = Shelf(), LivePool(_LIVE_TOKENS), AcceptanceRates(len(SOURCES)), Replayed()
-        places = {cohort: shelf.add_sealed(pool) for cohort, pool in self._cohorts.items()}
-        kind, just_written = shelf.add_sealed(self._kind), shelf.add_live(live)
+        search_set, live, rates, out = SearchSet(), LivePool(_LIVE_TOKENS), AcceptanceRates(len(SOURCES)), Replayed()
+        places = {cohort: search_set.add_sealed(pool) for cohort, pool in self._cohorts.items()}
+        kind, just_written = search_set.add_sealed(self._kind), search_set.add_live(live)
         sources = {}
         for i in texts:
-            own = [(TEXT, shelf.add_text(self._corpus.earlier[i]))] if i in self._corpus.earlier else []
+            own = [(TEXT, search_set.add_text(self._corpus.earlier[i]))] if i in self._corpus.earlier else []
             cohort = places.get(self._corpus.cohorts.get(i))
             near = [(SEALED, cohort)] if cohort is not None else []
             named = [("own earlier", own), ("cohort", near), ("kind", [(SEALED, kind)])]
@@ -199,10 +199,10 @@ class Drafter:
                 contexts[len(rows), : len(texts[i])], lengths[len(rows)] = texts[i], min(1 + given, len(texts[i]))
                 rows.append(i)
             lengths[len(rows) :] = 0
-            shelf.renew_live(just_written, live)
+            search_set.renew_live(just_written, live)
             if rows:
                 of_rows = np.stack([sources[i] for i in rows])
-                self._step([texts[i] for i in rows], contexts, lengths, of_rows, shelf, rates, floor, out)
+                self._step([texts[i] for i in rows], contexts, lengths, of_rows, search_set, rates, floor, out)
         return out
 
     @staticmethod
@@ -219,7 +219,7 @@ class Drafter:
         contexts: np.ndarray,
         lengths: np.ndarray,
         sources: np.ndarray,
-        shelf: Shelf,
+        search_set: SearchSet,
         rates: AcceptanceRates,
         floor: float,
         out: Replayed,
@@ -235,7 +235,7 @@ class Drafter:
             limits,
             np.ascontiguousarray(sources[:, :, :2]),
             np.ascontiguousarray(sources[:, :, 2]),
-            shelf,
+            search_set,
             rates.factors,
             depth=DEPTH,
             floor=floor,

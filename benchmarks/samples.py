@@ -9,7 +9,7 @@ from owlrec.workspace import Workspace
 RATED = Labels(rule="rating_above", rating_above=3)
 
 
-def labelled(interactions: pa.Table) -> pa.Table:
+def labeled(interactions: pa.Table) -> pa.Table:
     """Rated interactions as `prepare` writes them (schema.INTERACTIONS, in another order)."""
     return with_outcomes(interactions, RATED, "interactions")
 

@@ -27,10 +27,9 @@ from pandas.util import hash_array
 
 from benchmarks.table import Figure, options_parser, show
 from benchmarks.worlds import World, grow, write_world
+from owlrec.ids import KINDS, rows_of
 from owlrec.ops.console import note
-from owlrec.ordered import rows_of
 from owlrec.releases import open_release
-from owlrec.schema import KINDS
 from owlrec.shards import Artifact, Card, finished_stage
 from owlrec.workspace import Workspace
 
@@ -105,8 +104,8 @@ class Run:
     def _chain(self, prefix: str) -> Iterator[Figure]:
         for stage in self.stages:
             start = time.time()
-            found = measured([f"pipelines.{stage}", str(self.recipe)])
-            yield from self._stage_figures(prefix + stage, found, self._rows(stage, start))
+            measurement = measured([f"pipelines.{stage}", str(self.recipe)])
+            yield from self._stage_figures(prefix + stage, measurement, self._rows(stage, start))
 
     def _rows(self, stage: str, since: float) -> int:
         """How many rows a stage went through: of generate and encode those in shards that were made since a moment."""
@@ -128,12 +127,12 @@ class Run:
         assert card is not None
         return card
 
-    def _stage_figures(self, stage: str, found: "Measured", rows: int) -> Iterator[Figure]:
-        largest = ", ".join(f"{role} {pss / _MIB:,.0f} MiB" for role, (_, pss) in sorted(found.peaks.items()))
-        note(f"{stage}: {found.seconds:.1f} s, {rows / found.seconds:,.0f} rows/s; {largest}")
-        yield Figure(measure=stage, method="time", value=round(found.seconds, 1), unit="s")
-        yield Figure(measure=stage, method="rate", value=round(rows / found.seconds), unit="rows/s")
-        for role, (rss, pss) in sorted(found.peaks.items()):
+    def _stage_figures(self, stage: str, measurement: "Measured", rows: int) -> Iterator[Figure]:
+        largest = ", ".join(f"{role} {pss / _MIB:,.0f} MiB" for role, (_, pss) in sorted(measurement.peaks.items()))
+        note(f"{stage}: {measurement.seconds:.1f} s, {rows / measurement.seconds:,.0f} rows/s; {largest}")
+        yield Figure(measure=stage, method="time", value=round(measurement.seconds, 1), unit="s")
+        yield Figure(measure=stage, method="rate", value=round(rows / measurement.seconds), unit="rows/s")
+        for role, (rss, pss) in sorted(measurement.peaks.items()):
             yield Figure(measure=stage, method=f"{role}, peak RSS", value=round(rss / _MIB), unit="MiB")
             yield Figure(measure=stage, method=f"{role}, peak PSS", value=round(pss / _MIB), unit="MiB")
 
@@ -149,7 +148,7 @@ class Run:
             "prompts": {"mode": "both" if cohorts else "individual", "history_tokens": 128},
             "engine": {"type": "echo", "answer_tokens": 200},
             "sampling": {"max_tokens": 256},
-            "generate": {"max_replicas": replicas},
+            "generate": {"replicas": replicas},
             "encoder": {"model": "hashing", "replicas": replicas},
             "ctr": {"arms": ["none", "knowledge"]},  # no control's vectors: one for each text
         }

@@ -1,4 +1,4 @@
-"""Semantic ids: are they unique, are all codes used, what do they lose, beside other quantisers of as many bytes.
+"""Semantic ids: are they unique, are all codes used, what do they lose, beside other quantizers of as many bytes.
 
 `--vectors FOLDER` judges the ids of an encoded run (vectors/<fingerprint> of its workspace): of its knowledge, or of
 its metadata with `--source metadata`; vectors without ids get them here, by the defaults. Without a folder, the
@@ -15,25 +15,23 @@ import numpy as np
 
 from benchmarks.samples import RATED
 from benchmarks.table import Figure, options_parser, show
-from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.semantic_ids import (
-    QuantisationReport,
-    Quantiser,
+from owlrec.encoding.compression import (
+    QuantizationReport,
+    Quantizer,
     SemanticIdConfig,
     code_vectors,
     measure_codes,
-    train_quantiser,
+    train_quantizer,
 )
-from owlrec.encoding.vectors import CODED_KINDS, VectorShards, item_metadata, user_metadata
+from owlrec.encoding.vectors import CODED_KINDS, EncoderConfig, VectorShards, item_metadata, user_metadata
 from owlrec.errors import SourceError
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.movielens import MovieLens100KSource
-from owlrec.sources.splits import SplitConfig, build_samples
+from owlrec.sources.datasets import MovieLens100KSource
+from owlrec.sources.splits import ItemCatalog, SplitConfig, build_samples
 from owlrec.workspace import Workspace
 
 OURS = "owlrec (beam search)"
 GREEDY = "residual k-means, level by level"
-PRODUCT = "product quantisation, 3 bytes"
+PRODUCT = "product quantization, 3 bytes"
 _MOST_VECTORS = 1 << 20
 
 
@@ -43,7 +41,7 @@ class Coded:
 
     vectors: np.ndarray
     codes: np.ndarray
-    quantiser: Quantiser
+    quantizer: Quantizer
 
 
 def main() -> None:
@@ -52,8 +50,8 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, help="a folder that `encode` wrote")
     parser.add_argument("--source", default="knowledge", help="with --vectors: whose ids; default: %(default)s")
     options = parser.parse_args()
-    coded = _of_run(options) if options.vectors else _of_metadata(options)
-    reports = {kind: measure_codes(c.quantiser, c.codes, c.vectors) for kind, c in coded.items()}
+    coded = _run_codes(options) if options.vectors else _metadata_codes(options)
+    reports = {kind: measure_codes(c.quantizer, c.codes, c.vectors) for kind, c in coded.items()}
     figures = [f for kind, report in reports.items() for f in _figures(kind, report)]
     figures += _together(coded, reports)
     for kind, c in coded.items():
@@ -63,16 +61,16 @@ def main() -> None:
     show(f"semantic ids of {sizes}: {source}", figures, options)
 
 
-def _of_run(options: argparse.Namespace) -> dict[str, Coded]:
+def _run_codes(options: argparse.Namespace) -> dict[str, Coded]:
     folder = options.vectors.resolve()
     workspace, coded = Workspace(folder.parent.parent), {}
     for kind in CODED_KINDS:
         shards = VectorShards(workspace, f"vectors/{folder.name}", f"{options.source}-{kind}")
         if shards.numbers:
             ids, vectors = shards.sample(_MOST_VECTORS, seed=0)
-            quantiser = shards.quantiser()
+            quantizer = shards.quantizer()
             coded[kind] = (
-                Coded(vectors.astype(np.float32), shards.codes(ids)[0], quantiser) if quantiser else _code(ids, vectors)
+                Coded(vectors.astype(np.float32), shards.codes(ids)[0], quantizer) if quantizer else _code(ids, vectors)
             )
     if not coded:
         raise SourceError(
@@ -82,7 +80,7 @@ def _of_run(options: argparse.Namespace) -> dict[str, Coded]:
     return coded
 
 
-def _of_metadata(options: argparse.Namespace) -> dict[str, Coded]:
+def _metadata_codes(options: argparse.Namespace) -> dict[str, Coded]:
     most = 300 if options.quick else None
     raw = MovieLens100KSource(type="movielens-100k", max_users=most, max_items=most).load()
     split = build_samples(raw.interactions, SplitConfig(cuts=("half",)), RATED)
@@ -96,11 +94,11 @@ def _of_metadata(options: argparse.Namespace) -> dict[str, Coded]:
 
 def _code(ids: np.ndarray, vectors: np.ndarray) -> Coded:
     vectors = vectors.astype(np.float32)
-    quantiser = train_quantiser(vectors, SemanticIdConfig())
-    return Coded(vectors, code_vectors(quantiser, ids, vectors), quantiser)
+    quantizer = train_quantizer(vectors, SemanticIdConfig())
+    return Coded(vectors, code_vectors(quantizer, ids, vectors), quantizer)
 
 
-def _figures(kind: str, report: QuantisationReport, method: str = OURS) -> list[Figure]:
+def _figures(kind: str, report: QuantizationReport, method: str = OURS) -> list[Figure]:
     values = {
         "unique ids": (100 * report.unique_rate, "%"),
         "unique ids with duplicate digit": (100 * report.unique_rate_with_digit, "%"),
@@ -115,7 +113,7 @@ def _figures(kind: str, report: QuantisationReport, method: str = OURS) -> list[
     ]
 
 
-def _together(coded: dict[str, Coded], reports: dict[str, QuantisationReport]) -> list[Figure]:
+def _together(coded: dict[str, Coded], reports: dict[str, QuantizationReport]) -> list[Figure]:
     """Over all kinds: the key tells a user from an item, so a rate is the mean over their vectors."""
     weights = [r.vectors for r in reports.values()]
 
@@ -145,8 +143,8 @@ def _together(coded: dict[str, Coded], reports: dict[str, QuantisationReport]) -
     ]
 
 
-def _peers(kind: str, vectors: np.ndarray, ours: QuantisationReport) -> list[Figure]:
-    """Relative error and unique ids of other quantisers of 3 x 256 codes, trained on the same vectors."""
+def _peers(kind: str, vectors: np.ndarray, ours: QuantizationReport) -> list[Figure]:
+    """Relative error and unique ids of other quantizers of 3 x 256 codes, trained on the same vectors."""
     greedy, left = _greedy(vectors)
     errors = {OURS: ours.relative_error, GREEDY: float(np.square(left).sum() / np.square(vectors).sum())}
     unique = {OURS: ours.unique_rate, GREEDY: len(np.unique(greedy, axis=0)) / len(greedy)}
@@ -176,15 +174,15 @@ def _peers(kind: str, vectors: np.ndarray, ours: QuantisationReport) -> list[Fig
 
 def _greedy(vectors: np.ndarray, levels: int = 3, codes: int = 256) -> tuple[np.ndarray, np.ndarray]:
     """k-means of what the levels before left over, and the nearest centroid: int64 [n, levels], and what is left."""
-    found, left = [], vectors
+    digits, left = [], vectors
     for _ in range(levels):
         kmeans = faiss.Kmeans(left.shape[1], min(codes, len(np.unique(left, axis=0))), niter=20, seed=0)
         kmeans.cp.min_points_per_centroid = 1
         kmeans.cp.init_method = faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS
         kmeans.train(left)
-        found.append(kmeans.index.search(left, 1)[1][:, 0])
-        left = left - kmeans.centroids[found[-1]]
-    return np.stack(found, axis=1), left
+        digits.append(kmeans.index.search(left, 1)[1][:, 0])
+        left = left - kmeans.centroids[digits[-1]]
+    return np.stack(digits, axis=1), left
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from benchmarks.load import LoadJob
+from benchmarks.load import LoadSpec
 from benchmarks.serving_processes import free_port, load, peer, process, serving, wait_for_port
 from benchmarks.serving_rank import measure_live, measure_rank
 from benchmarks.table import Figure, options_parser, show
-from owlrec.releases import KnowledgeStore, ReleaseInfo, open_release, publish, roll_back
+from owlrec.releases import KnowledgeStore, open_release, roll_back
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE, vectors_table
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
@@ -148,39 +149,39 @@ def _http(folder: Path, options: argparse.Namespace) -> list[Figure]:
     else:
         figures.append(_skipped("greatest rate", "Feast (see --feast)"))
     for ids in (1, BATCH):
-        for method, found in rates.items():
-            figure = _figure(f"greatest rate, {ids} ids, text and vector", method, found[ids], "requests/s")
+        for method, method_rates in rates.items():
+            figure = _figure(f"greatest rate, {ids} ids, text and vector", method, method_rates[ids], "requests/s")
             if method != OURS:
-                figure = figure.model_copy(update={"ratio_to": OURS, "ratio": found[ids] / rates[OURS][ids]})
+                figure = figure.model_copy(update={"ratio_to": OURS, "ratio": method_rates[ids] / rates[OURS][ids]})
             figures.append(figure)
     return figures
 
 
-def _greatest(job: LoadJob, seconds: float) -> float:
+def _greatest(job: LoadSpec, seconds: float) -> float:
     """Requests/s with every connection busy: the best of three numbers of them."""
     load(job, seconds=2, connections=4)
     return max(load(job, seconds=seconds / 2, connections=c).ok_per_s for c in (4, 16, 64))
 
 
-def _our_load(url: str, n: int, ids: int, fields: tuple[str, ...] = ("text", "vector"), **more: object) -> LoadJob:
+def _our_load(url: str, n: int, ids: int, fields: tuple[str, ...] = ("text", "vector"), **more: object) -> LoadSpec:
     if ids == 1:
         query = "&".join(f"fields={field}" for field in fields)
         paths = [f"/v1/knowledge/user/{one}?{query}" for one in _drawn(n, 1)[:, 0].tolist()]
-        return LoadJob(url=url, paths=paths, seconds=1, **more)
+        return LoadSpec(url=url, paths=paths, seconds=1, **more)
     bodies = [json.dumps({"kind": "user", "ids": row, "fields": fields}) for row in _drawn(n, ids).tolist()]
-    return LoadJob(url=url + BATCH_PATH, bodies=bodies, seconds=1, **more)
+    return LoadSpec(url=url + BATCH_PATH, bodies=bodies, seconds=1, **more)
 
 
-def _plain_load(url: str, n: int, ids: int) -> LoadJob:
+def _plain_load(url: str, n: int, ids: int) -> LoadSpec:
     if ids == 1:
-        return LoadJob(url=url, paths=[f"/user/{one}" for one in _drawn(n, 1)[:, 0].tolist()], seconds=1)
-    return LoadJob(url=f"{url}/users", bodies=[json.dumps({"ids": row}) for row in _drawn(n, ids).tolist()], seconds=1)
+        return LoadSpec(url=url, paths=[f"/user/{one}" for one in _drawn(n, 1)[:, 0].tolist()], seconds=1)
+    return LoadSpec(url=f"{url}/users", bodies=[json.dumps({"ids": row}) for row in _drawn(n, ids).tolist()], seconds=1)
 
 
-def _feast_load(url: str, n: int, ids: int) -> LoadJob:
+def _feast_load(url: str, n: int, ids: int) -> LoadSpec:
     features = ["knowledge:text", "knowledge:vector"]
     bodies = [json.dumps({"features": features, "entities": {"user_id": row}}) for row in _drawn(n, ids).tolist()]
-    return LoadJob(url=f"{url}/get-online-features", bodies=bodies, seconds=1)
+    return LoadSpec(url=f"{url}/get-online-features", bodies=bodies, seconds=1)
 
 
 def _drawn(n: int, ids: int) -> np.ndarray:

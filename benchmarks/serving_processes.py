@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.load import LoadJob, LoadResult
+from benchmarks.load import LoadResult, LoadSpec
 from owlrec.releases import open_release
 from owlrec.workspace import Workspace
 
@@ -66,7 +66,7 @@ def process(command: list[str], cwd: Path | None = None) -> Iterator[None]:
             process.wait()
 
 
-def load(job: LoadJob, **changes: object) -> LoadResult:
+def load(job: LoadSpec, **changes: object) -> LoadResult:
     """Runs the load generator as a process of its own. changes: of the job."""
     job = job.model_copy(update=changes)
     command = [sys.executable, "-m", "benchmarks.load"]

@@ -2,7 +2,7 @@
 a refresh reaches its scores while requests go on.
 
 MovieLens-100K, prepared as pipelines/recipes/movielens-100k-ranker.yaml says; a DIN of one epoch, since a better one is
-no slower; the LLM as it is, through serve_apps.rank, shown behaviors that are retrieved once for the candidates of
+no slower; the LLM as it is, through owlrec.apps.rank, shown behaviors that are retrieved once for the candidates of
 a request, on all cores beside everything else. Every request is of another user, so that no prompt is found in the
 engine's cache but what the candidates of one request share.
 """
@@ -28,18 +28,19 @@ import pyarrow.compute as pc
 import torch
 import yaml
 
-from benchmarks.load import LoadJob, LoadResult
+from benchmarks.load import LoadResult, LoadSpec
 from benchmarks.serving_processes import free_port, load, owlrec, process, wait_for_answer
 from benchmarks.table import Figure
+from owlrec.ctr.artifact import CtrArtifact, LiveState
 from owlrec.ctr.batches import SplitTensors, Tables
 from owlrec.ctr.features import Histories, SampleFeatures
-from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.scoring import Artifact, LiveState
-from owlrec.encoding.encoder import HashingEncoder
+from owlrec.ctr.knowledge_tables import KnowledgeTable
+from owlrec.encoding.vectors import HashingEncoder
 from owlrec.refresh.events import EVENTS
-from owlrec.releases import ReleaseInfo, current_release, open_release, publish
+from owlrec.releases import current_release, open_release
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE, vectors_table
-from owlrec.serving.live import live_state
+from owlrec.serving.rank_api import live_state
 from owlrec.shards import finished_stage
 from owlrec.sources.splits import last_behaviors
 from owlrec.storage import fingerprint
@@ -64,7 +65,7 @@ def measure_rank(folder: Path, options: argparse.Namespace) -> list[Figure]:
     with process(command):
         bodies = _requests(workspace)
         _wait_for_llm(address, bodies[0])
-        job = LoadJob(url=f"{address}/v1/rank", bodies=_asked(bodies, mode="ctr"), seconds=1)
+        job = LoadSpec(url=f"{address}/v1/rank", bodies=_asked(bodies, mode="ctr"), seconds=1)
         load(job, seconds=3, connections=2)
         ctr = load(job, rate=CTR_RATE, seconds=10 if options.quick else 60, connections=100)
         asked = _asked(bodies[::-1], mode="cascade", rerank=RERANKED, deadline_ms=DEADLINE_MS)
@@ -114,7 +115,7 @@ def _run_and_export(folder: Path, settings: dict[str, Any], last: str) -> tuple[
 
 
 def _run(*arguments: str) -> None:
-    command = [sys.executable, "-m", "owlrec.cli", *arguments]
+    command = [sys.executable, "-m", "owlrec", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-2000:]}")
@@ -190,17 +191,17 @@ class _Frozen(LiveState):
     def __init__(self, live: LiveState, users: np.ndarray, items: np.ndarray) -> None:
         """users, items: ids, ascending."""
         self.model, self._items = live.model, items
-        self._of_items = live.fields("item", items)
-        self._of_users = dict(zip(users.tolist(), live.fields("user", users), strict=True))
+        self._item_fields = live.fields("item", items)
+        self._user_fields = dict(zip(users.tolist(), live.fields("user", users), strict=True))
         self._behaviors = {user: live.behaviors(user) for user in users.tolist()}
 
     def behaviors(self, user_id: int) -> np.ndarray | None:
         return self._behaviors[user_id]
 
-    def adapted(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
+    def adaptor_fields(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
         assert user_id is not None
-        fields = self._of_items[np.searchsorted(self._items, items)]
-        both = np.concatenate([np.broadcast_to(self._of_users[user_id], fields.shape), fields], axis=1)
+        fields = self._item_fields[np.searchsorted(self._items, items)]
+        both = np.concatenate([np.broadcast_to(self._user_fields[user_id], fields.shape), fields], axis=1)
         return torch.from_numpy(both).unflatten(1, (self.model.spec.knowledge_fields, -1))
 
 
@@ -209,7 +210,7 @@ def compare_frozen(workspace: Workspace, artifact: str, requests: int) -> list[t
     nothing is held of the user.
     """
     torch.set_num_threads(1)
-    opened, draw = Artifact.open(workspace, artifact), np.random.default_rng(0)
+    opened, draw = CtrArtifact.open(workspace, artifact), np.random.default_rng(0)
     with open_release(workspace) as release:
         live = live_state(opened, release)
         users = np.sort(workspace.read_table("users", ["user_id"])["user_id"].to_numpy())
@@ -238,7 +239,7 @@ def refresh_while_serving(recipe: Path, workspace: Workspace, artifact: str, *, 
     items = np.sort(workspace.read_table("items", ["item_id"])["item_id"].to_numpy())
     port = free_port()
     address = f"http://127.0.0.1:{port}/rank/v1/rank"
-    serve = [sys.executable, "-m", "owlrec.cli", "serve", str(recipe)]
+    serve = [sys.executable, "-m", "owlrec", "serve", str(recipe)]
     draw, changed = np.random.default_rng(0), []
     bodies = [
         json.dumps({"user_id": int(draw.choice(known)), "candidates": draw.choice(items, 10, replace=False).tolist()})
@@ -247,7 +248,7 @@ def refresh_while_serving(recipe: Path, workspace: Workspace, artifact: str, *, 
     with process([*serve, "--port", str(port), "--max-replicas", "1", "--artifact", artifact]):
         wait_for_answer(f"http://127.0.0.1:{port}/explorer/readyz")
         wait_for_answer(f"http://127.0.0.1:{port}/rank/readyz")
-        job = LoadJob(url=address, bodies=bodies, seconds=1)
+        job = LoadSpec(url=address, bodies=bodies, seconds=1)
         load(job, seconds=3, connections=2)
         with ThreadPoolExecutor(1) as pool:
             under_load = pool.submit(load, job, rate=rate, seconds=45, connections=200)
@@ -272,10 +273,10 @@ def offline_scores(workspace: Workspace, artifact: str, users: list[int], candid
     """What the trained model itself says of each user's candidates, on the vectors and behaviors of the current
     release, in the way of training.
     """
-    opened = Artifact.open(workspace, artifact)
+    opened = CtrArtifact.open(workspace, artifact)
     model, length = opened.scorer.model, opened.scorer.model.spec.features.history_length
     items, grades = opened.scorer.items, opened.scorer.vocabularies.grades
-    found = []
+    scores = []
     with open_release(workspace) as release, torch.inference_mode():
         for user in users:
             tables = []
@@ -291,11 +292,11 @@ def offline_scores(workspace: Workspace, artifact: str, users: list[int], candid
             starts, lengths = np.zeros(n, np.int64), np.full(n, len(behaviors), np.int32)
             histories = Histories(starts, lengths, items.rows(behaviors["item"]), outcomes, length)
             none = np.zeros((n, 0), np.int32)
-            of_user = np.full(n, user)
-            samples = SampleFeatures(of_user, candidates, items.rows(candidates), histories, none, np.zeros(n))
+            user_ids = np.full(n, user)
+            samples = SampleFeatures(user_ids, candidates, items.rows(candidates), histories, none, np.zeros(n))
             batch = SplitTensors(samples, Tables((tables[0],), (tables[1],)), "cpu").batch(torch.arange(n))
-            found.append(model(batch).double().sigmoid().numpy())
-    return found
+            scores.append(model(batch).double().sigmoid().numpy())
+    return scores
 
 
 def _log_events(workspace: Workspace, users: np.ndarray, items: np.ndarray) -> None:
@@ -320,7 +321,7 @@ def _interactions(workspace: Workspace) -> Iterator[pa.Table]:
 
 def _refresh(recipe: Path) -> None:
     """At the lowest priority, since on one machine it takes the server's cores; a cluster has others for it."""
-    subprocess.run(["nice", "-n", "19", sys.executable, "-m", "owlrec.cli", "refresh", str(recipe)], check=True)
+    subprocess.run(["nice", "-n", "19", sys.executable, "-m", "owlrec", "refresh", str(recipe)], check=True)
 
 
 def _publish_items(workspace: Workspace, ids: np.ndarray) -> None:
@@ -374,7 +375,7 @@ def _scores(address: str, user: int, candidates: np.ndarray) -> list[float]:
 
 
 def _requests(workspace: Workspace) -> list[dict[str, object]]:
-    """A request of each user, with candidates drawn from the catalogue."""
+    """A request of each user, with candidates drawn from the catalog."""
     random = np.random.default_rng(0)
     users = workspace.read_table("users", ["user_id"])["user_id"].to_numpy()
     items = workspace.read_table("items", ["item_id"])["item_id"].to_numpy()

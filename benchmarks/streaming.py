@@ -1,6 +1,6 @@
 """Streaming refresh of user knowledge, on a replay of MovieLens-100K in the order of time.
 
-`cost`: a full run on the first 60 % of all behaviours, then a refresh a day, with an engine that answers at once: calls
+`cost`: a full run on the first 60 % of all behaviors, then a refresh a day, with an engine that answers at once: calls
 of each day beside the share of users who acted that day. `worth`: the same with SmolLM2-135M and a refresh a week over
 the next fifth: tokens of a refresh's prompts beside those of whole histories, whether drift predicts how far a user's
 vector moves, and AUC on the days after: CTR models trained on what came between, which then read, for the same
@@ -19,32 +19,32 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.samples import RATED, labelled
+from benchmarks.samples import RATED, labeled
 from benchmarks.table import Figure, options_parser, show
+from owlrec.ctr.dataset import reduced
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import build_features
-from owlrec.ctr.knowledge import STREAMING, KnowledgeTable, VectorTable, open_vectors
-from owlrec.ctr.pca import reduced
+from owlrec.ctr.knowledge_tables import STREAMING, KnowledgeTable, VectorTable, open_vectors
 from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.encoding.vectors import PARTITIONS, VectorShards, partitions_folder
 from owlrec.evaluation import GridScores, compare_arms
 from owlrec.generation import EchoEngineConfig, EngineConfig, VllmEngineConfig, token_counter
-from owlrec.generation.models import PACKAGED
-from owlrec.ordered import run_starts
-from owlrec.prompting.rows import Prompt, PromptConfig, user_prompts
+from owlrec.generation.engines import PACKAGED
+from owlrec.ids import run_starts
+from owlrec.prompting.prompts import Prompt, PromptConfig, user_prompts
 from owlrec.recipe import Recipe
 from owlrec.refresh.state import State
 from owlrec.releases.release import open_release
 from owlrec.schema import HISTORIES, SAMPLES
 from owlrec.shards import finish_stage
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.sources.datasets import MovieLens100KSource
 from owlrec.sources.raw import RawTables
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace, shards_for
 
 DAY_MS = 86_400_000
-READ = 1000  # behaviours that a full run may read: all that anybody has
-HISTORY = 10  # behaviours that a CTR model sees before a sample
+READ = 1000  # behaviors that a full run may read: all that anybody has
+HISTORY = 10  # behaviors that a CTR model sees before a sample
 BACKBONES, SEEDS = ("din", "dcnv2"), (0, 1, 2)
 
 
@@ -77,13 +77,13 @@ def _recipe(workspace: str, engine: dict[str, Any], encoder: dict[str, Any] | No
         "sampling": {"max_tokens": 64},
         "quality": {"policy": {"repetition": "keep"}},
         "decoding": {"mode": "strict"},
-        "streaming": {"unknown_users": "create"},
+        "streaming": {"admit": ["users"]},
     }
     return Recipe.model_validate(values)
 
 
 def _until(raw: RawTables, share: float) -> int:
-    """The moment up to which this share of all behaviours has happened."""
+    """The moment up to which this share of all behaviors has happened."""
     return int(np.quantile(raw.interactions["timestamp"].to_numpy(), share, method="lower"))
 
 
@@ -94,10 +94,10 @@ def _between(raw: RawTables, after: int, until: int) -> pa.Table:
 
 def _full_run(raw: RawTables, recipe: Recipe, until: int) -> Workspace:
     """Tables that end at `until`, whose histories hold all there is, and all stages up to a release."""
-    from owlrec.runs.stage import stage_function
+    from owlrec.runs.stages import stage_function
 
     workspace = Workspace(recipe.workspace)
-    interactions = labelled(_between(raw, -1, until))
+    interactions = labeled(_between(raw, -1, until))
     histories = _histories(interactions)
     tables = {"users": raw.users, "interactions": interactions, "histories": histories}
     for name, table in tables.items():
@@ -112,8 +112,8 @@ def _full_run(raw: RawTables, recipe: Recipe, until: int) -> Workspace:
 
 def _histories(interactions: pa.Table) -> pa.Table:
     rows = []
-    for user, of_user in interactions.to_pandas().sort_values(["timestamp", "item_id"]).groupby("user_id"):
-        last = of_user.tail(READ)
+    for user, user_rows in interactions.to_pandas().sort_values(["timestamp", "item_id"]).groupby("user_id"):
+        last = user_rows.tail(READ)
         rows.append(
             {
                 "user_id": int(user),
@@ -129,7 +129,7 @@ def _refreshes(
     raw: RawTables, recipe: Recipe, workspace: Workspace, start: int, days: int, step: int
 ) -> Iterator[tuple[int, pa.Table, State | None]]:
     """Adds the events of `step` days to the log and refreshes, again and again; the moment, the events, the state."""
-    from owlrec.runs.refresh import run
+    from owlrec.runs.upkeep import run
 
     for day in range(0, days, step):
         low, high = start + day * DAY_MS, start + min(day + step, days) * DAY_MS
@@ -154,7 +154,7 @@ def _cost(raw: RawTables, days: int) -> list[Figure]:
             calls.append((state.calls if state else 0) / users)
             worst = max(worst, calls[-1] - acting[-1])
             over += calls[-1] > acting[-1] + 0.01
-        from owlrec.runs.refresh import run
+        from owlrec.runs.upkeep import run
 
         again = run(recipe, workspace, now=start + days * DAY_MS)
     measure = f"{len(calls)} days, a refresh a day"
@@ -263,18 +263,20 @@ def _tokens(
 
 def _token_figures(tokens: list[tuple[int, int, int]]) -> Iterator[Figure]:
     mine, cut, whole = np.array(tokens, dtype=float).T
-    for method, found in (
+    for method, method_tokens in (
         ("a full run's prompts, 256 tokens of history", cut),
         ("prompts that quote the whole history", whole),
     ):
-        yield Figure(measure="tokens a prompt, mean", method=method, value=round(float(found.mean()), 1), unit="tokens")
+        yield Figure(
+            measure="tokens a prompt, mean", method=method, value=round(float(method_tokens.mean()), 1), unit="tokens"
+        )
         yield Figure(
             measure="tokens a prompt, mean",
             method="refresh",
             value=round(float(mine.mean()), 1),
             unit="tokens",
             ratio_to=method,
-            ratio=float(mine.mean() / found.mean()),
+            ratio=float(mine.mean() / method_tokens.mean()),
         )
 
 
@@ -285,9 +287,9 @@ def _moves(
     for name in workspace.names(state.partitions):
         table = workspace.read_parquet(f"{state.partitions}/{name}")
         ids, first = np.unique(table["user_id"].to_numpy(), return_index=True)
-        found = before.find(ids), after.find(ids)
-        both = (found[0] >= 0) & (found[1] >= 0)
-        old, new = (t.vectors_at(rows).astype(np.float32) for t, rows in zip((before, after), found, strict=True))
+        place = before.find(ids), after.find(ids)
+        both = (place[0] >= 0) & (place[1] >= 0)
+        old, new = (t.vectors_at(rows).astype(np.float32) for t, rows in zip((before, after), place, strict=True))
         cosine = (old * new).sum(axis=1) / np.maximum(np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1), 1e-9)
         for drift, change in zip(table["drift"].to_numpy()[first][both], 1 - cosine[both], strict=True):
             yield float(drift), float(change)
@@ -297,23 +299,23 @@ def _move_figures(moved: list[tuple[float, float]]) -> Iterator[Figure]:
     from scipy.stats import spearmanr
 
     drift, change = np.array(moved).T
-    found = spearmanr(drift, change)
-    unit = f"rank correlation (p {found.pvalue:.2g}, {len(moved)} renewals)"
+    correlation = spearmanr(drift, change)
+    unit = f"rank correlation (p {correlation.pvalue:.2g}, {len(moved)} renewals)"
     yield Figure(
         measure="drift against the vector's change",
         method="streaming",
-        value=round(float(found.statistic), 3),
+        value=round(float(correlation.statistic), 3),
         unit=unit,
     )
 
 
 def _samples(raw: RawTables, start: int, end: int) -> pa.Table:
-    """Every behaviour after `start` with the ten before it; the last quarter up to `end` is valid, the rest test."""
+    """Every behavior after `start` with the ten before it; the last quarter up to `end` is valid, the rest test."""
     late = _until(raw, 0.75)
     rows: dict[str, list[Any]] = {name: [] for name in SAMPLES.names}
     table = raw.interactions.to_pandas().sort_values(["user_id", "timestamp", "item_id"])
-    for user, of_user in table.groupby("user_id"):
-        moments, items, ratings = (of_user[c].to_numpy() for c in ("timestamp", "item_id", "rating"))
+    for user, user_rows in table.groupby("user_id"):
+        moments, items, ratings = (user_rows[c].to_numpy() for c in ("timestamp", "item_id", "rating"))
         for i in np.flatnonzero(moments > start):
             first = int(np.searchsorted(moments, moments[i]))  # what happened in the same moment is not its past
             past = slice(max(0, first - HISTORY), first)
@@ -371,13 +373,13 @@ def _aucs(
         grid = GridScores(trained.test.user_ids, trained.test.labels, scores)
         pairs = {name: [(f"{name}/{seed}", f"fixed/{seed}") for seed in seeds] for name in aucs if name != "fixed"}
         intervals = compare_arms(grid, pairs)
-        for name, found in aucs.items():
+        for name, method_aucs in aucs.items():
             share = f"; {read[name]:.0%} of samples read one" if name in read else ""
             unit = f"AUC{share}"
             if interval := intervals.get(name):
-                difference = float(np.mean(found)) - float(np.mean(aucs["fixed"]))
+                difference = float(np.mean(method_aucs)) - float(np.mean(aucs["fixed"]))
                 unit += f"; {difference:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}] to fixed"
-            value = round(float(np.mean(found)), 4)
+            value = round(float(np.mean(method_aucs)), 4)
             yield Figure(measure=f"days after, {backbone}", method=name, value=value, unit=unit)
 
 

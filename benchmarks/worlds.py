@@ -59,8 +59,8 @@ def write_world(world: World, folder: Path) -> None:
         ids = np.arange(start, stop)
         total = world.interactions * stop // world.users - world.interactions * start // world.users
         _write(folder / "users" / f"{number:05d}.parquet", _users(world, ids))
-        of_user = np.repeat(ids, _activity(rng, len(ids), total))
-        _write(folder / "interactions" / f"{number:05d}.parquet", _interactions(world, rng, of_user, first_day=0))
+        user_ids = np.repeat(ids, _activity(rng, len(ids), total))
+        _write(folder / "interactions" / f"{number:05d}.parquet", _interactions(world, rng, user_ids, first_day=0))
     done.write_text(json.dumps(asdict(world)))
 
 
@@ -74,15 +74,15 @@ def grow(world: World, folder: Path, *, new: float = 0.01, active: float = 0.05)
     ids = np.arange(world.users, world.users + n_new)
     _write(folder / "users" / "later.parquet", _users(world, ids))
     total = max(n_new, world.interactions * n_new // world.users)
-    of_user = np.repeat(ids, _activity(rng, n_new, total))
-    _write(folder / "interactions" / "later-new.parquet", _interactions(world, rng, of_user, first_day=DAYS))
+    user_ids = np.repeat(ids, _activity(rng, n_new, total))
+    _write(folder / "interactions" / "later-new.parquet", _interactions(world, rng, user_ids, first_day=DAYS))
     for number, (start, stop) in enumerate(_ranges(world.users, _FRAGMENT_ROWS)):
         rng = np.random.default_rng([world.seed, 1 << 31, number])
         chosen = start + np.flatnonzero(rng.random(stop - start) < active)
-        of_user = np.repeat(chosen, 1 + rng.poisson(_LATER_MEAN - 1, len(chosen)))
+        user_ids = np.repeat(chosen, 1 + rng.poisson(_LATER_MEAN - 1, len(chosen)))
         n_active += len(chosen)
         path = folder / "interactions" / f"later-{number:05d}.parquet"
-        _write(path, _interactions(world, rng, of_user, first_day=DAYS))
+        _write(path, _interactions(world, rng, user_ids, first_day=DAYS))
     return n_new, n_active
 
 
@@ -97,19 +97,19 @@ def _activity(rng: np.random.Generator, users: int, total: int) -> np.ndarray:
     return least + rng.multinomial(total - least * users, weights / weights.sum())
 
 
-def _interactions(world: World, rng: np.random.Generator, of_user: np.ndarray, first_day: int) -> pa.Table:
-    n, genres = len(of_user), len(GENRES)
+def _interactions(world: World, rng: np.random.Generator, user_ids: np.ndarray, first_day: int) -> pa.Table:
+    n, genres = len(user_ids), len(GENRES)
     rank = np.minimum(np.exp(rng.random(n) * np.log(world.items + 1)).astype(np.int64), world.items) - 1
     own = rng.random(n) < _OWN_GENRE
-    rank = np.where(own, rank - rank % genres + _genre_of_user(of_user), rank)
+    rank = np.where(own, rank - rank % genres + _genre_of(user_ids), rank)
     item = np.where(rank < world.items, rank, rank - genres)
     item = np.where(item < 0, 0, item)  # fewer items than genres
     # A user's interactions differ in time, so that none is refused as a duplicate: each has its own millisecond.
-    position = np.arange(n) - np.searchsorted(of_user, of_user)
+    position = np.arange(n) - np.searchsorted(user_ids, user_ids)
     second = START + first_day * 86_400 + rng.integers(DAYS * 86_400, size=n)
     return pa.table(
         {
-            "user_id": of_user,
+            "user_id": user_ids,
             "item_id": item,
             "rating": np.clip(rng.integers(1, 5, size=n) + own, 1, 5).astype(np.int8),
             "timestamp": second * 1000 + position % 1000,
@@ -134,7 +134,7 @@ def _items(world: World, start: int, stop: int) -> pa.Table:
     return pa.table({"item_id": ids, "title": title, "genres": genres, "year": (1950 + mixed % 75).astype(np.int16)})
 
 
-def _genre_of_user(ids: np.ndarray) -> np.ndarray:
+def _genre_of(ids: np.ndarray) -> np.ndarray:
     return _mixed(ids, 7) % len(GENRES)
 
 

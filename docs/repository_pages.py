@@ -1,7 +1,7 @@
-"""MkDocs hook: files of the repository that pages link to become pages of the site, so that links work in both places.
+"""MkDocs hook: repository files that pages link to become pages of the site, so links work in both places.
 
-A page links as in any checkout (`../cluster/README.md`). Markdown becomes a page as it is, everything else a page with
-its text in a block. What is linked from such a page follows too. Nothing is copied by hand, so nothing can go stale.
+A page links as in any checkout (`../cluster/README.md`). Markdown files become pages unchanged; others become a
+page with its text in a block. Links on those pages are followed, too. Nothing is copied by hand, so nothing goes stale.
 """
 
 import posixpath
@@ -12,7 +12,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-ALWAYS = ("README.md", "CONTRIBUTING.md", "cluster/README.md")  # that the navigation names
+ALWAYS = ("README.md", "CONTRIBUTING.md", "cluster/README.md")  # named in the navigation
 PREFIX = "repository/"  # of their addresses on the site
 _LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)(?=[)#])")
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".json": "json"}
@@ -36,7 +36,7 @@ def on_files(files: Files, *, config: Any, **_: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Leads links to the generated pages."""
+    """Points links at the generated pages."""
     here = page.file.src_uri
     source = here.removeprefix(PREFIX) if here.startswith(PREFIX) else f"docs/{here}"
     if here.startswith(PREFIX) and not source.endswith("README.md") and not (ROOT / source).is_file():
@@ -56,7 +56,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, *, page: Any, **_: Any) -> str:
-    """Opens the sources on the recipe's page: a Config's fields and their comments stand there."""
+    """Expands the sources on the recipe's page, which show a Config's fields and comments."""
     if page.file.src_uri != "reference/recipe.md":
         return html
     return html.replace('<details class="mkdocstrings-source"', '<details open class="mkdocstrings-source"')
@@ -67,7 +67,7 @@ def _targets(page: str, text: str) -> list[str]:
 
 
 def _resolved(page: str, link: str) -> str:
-    """The path in the repository that a link of `page` names."""
+    """Repository path of a link on `page`."""
     return posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
 
 

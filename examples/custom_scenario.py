@@ -1,8 +1,8 @@
-"""A domain of your own, written out in a recipe, and a run in it that needs no model: echo engine, hashing encoder.
+"""Your own domain as a scenario in a recipe, with a run that needs no model: echo engine, hashing encoder.
 
     python examples/custom_scenario.py
 
-The same keys may stand in a file: `owlrec run wines.yaml`. For real texts name a real engine.
+A YAML file can hold the same keys: `owlrec run wines.yaml`. For real texts, configure a real engine.
 """
 
 import tempfile
@@ -13,14 +13,11 @@ import numpy as np
 import pandas as pd
 
 import owlrec
-from owlrec.prompting.framework import item_prompt, item_system
-from owlrec.prompting.frameworks import KAR
+from owlrec.prompting.frameworks import KAR, item_prompt, item_system
 from owlrec.recipe import make_recipe
 
 WINES = {
-    "name": "wines",
-    "item": "wine",
-    "items": "wines",
+    "nouns": ["wine", "wines"],
     "consumed": "tasted",
     "history": "tasting history",
     "rating_unit": "point",

@@ -1,8 +1,8 @@
-"""A new source: a Config whose `load` reads your raw data, and one line that gives it a name in recipes.
+"""A new source: a Config whose `load` reads your raw data, and one line that registers its name for recipes.
 
     python examples/custom_source.py
 
-Here it is a shop's log, one line of JSON a click. `finish` makes the tables: it hashes ids and checks what it is given.
+The example reads a shop's log with one line of JSON per click. `finish` makes the tables: it hashes ids and validates.
 """
 
 import json
@@ -30,7 +30,7 @@ class ClickLog(Source):
     path: str
 
     def load(self) -> RawTables:
-        """The three tables; a click is written as a rating of 1. Raises SourceError where there is no such file."""
+        """Returns the three tables; a click becomes a rating of 1. Raises SourceError if the file does not exist."""
         file = input_file(self.path)
         clicks = [json.loads(line) for line in file.read_text().splitlines() if line]
         items = {c["sku"]: {"item_id": c["sku"], "title": c["name"], "shelf": c["shelf"]} for c in clicks}
@@ -38,7 +38,7 @@ class ClickLog(Source):
         return finish(
             self,
             [file],
-            users=None,  # those of the clicks
+            users=None,  # taken from the clicks
             items=pa.Table.from_pylist(list(items.values())),
             interactions=pa.Table.from_pylist(rows),
             names=dict.fromkeys(("users", "items", "interactions"), str(file)),

@@ -1,9 +1,9 @@
-"""The retrieval decoder in a plain `vllm.LLM`: your own texts draft, vLLM verifies, and the answers stay the same.
+"""The retrieval decoder in a plain `vllm.LLM`: it drafts from your texts, vLLM verifies, and the answers stay the same.
 
     python examples/decoder_in_vllm.py
     python examples/decoder_in_vllm.py --model Qwen/Qwen3-4B-Instruct-2507 --texts earlier_answers.txt
 
-The texts (one a line) are answers that the same model, or people, wrote before; without --texts the model writes some.
+The texts (one per line) are earlier answers from the same model or from people; without --texts the model writes some.
 """
 
 import argparse
@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import owlrec
-from owlrec.decoding import request_arguments
-from owlrec.decoding.options import is_cpu_build
-from owlrec.decoding.pools import write_pool
-from owlrec.decoding.release_pools import answer_tokens
-from owlrec.generation.models import PACKAGED, resolve_model
+from owlrec.generation.engines import PACKAGED, resolve_model
 from owlrec.generation.vllm_engine import VllmEngineConfig, prepare_environment
+from owlrec_decoding import request_arguments
+from owlrec_decoding.options import is_cpu_build
+from owlrec_decoding.pools import answer_tokens, write_pool
 
 FILMS = ("Alien", "Casablanca", "Fargo", "Heat")
-YESTERDAY = [f"Write a catalogue entry for the film {film}." for film in FILMS]
+YESTERDAY = [f"Write a catalog entry for the film {film}." for film in FILMS]
 TODAY = [f"{question} The cinema shows it tonight." for question in YESTERDAY]
 
 
@@ -31,7 +30,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path)
     options = parser.parse_args()
     prepare_environment(VllmEngineConfig(type="vllm", model=options.model), is_cpu_build())
-    from vllm import LLM, SamplingParams  # here, since it reads the environment when it is imported
+    from vllm import LLM, SamplingParams  # here, since it reads the environment on import
 
     modes = request_arguments(mode="off"), request_arguments(["mine"])
     plain, drafted = (SamplingParams(max_tokens=100, temperature=0, extra_args=mode) for mode in modes)
@@ -41,12 +40,12 @@ def main() -> None:
         texts = options.texts.read_text().splitlines() if options.texts else answers(llm, YESTERDAY, plain)
         tokens = list(answer_tokens(llm.get_tokenizer(), texts, [True] * len(texts)))
         write_pool(pools, "mine", tokens, None, identity=options.model, max_tokens=10**7)
-        times, found = [], []
-        for sampling in (drafted, plain):  # in this order: finished texts draft too, and plain answers would be known
+        times, written = [], []
+        for sampling in (drafted, plain):  # drafted first: finished plain answers would become drafts
             start = time.perf_counter()
-            found.append(answers(llm, TODAY, sampling))
+            written.append(answers(llm, TODAY, sampling))
             times.append(time.perf_counter() - start)
-        same = sum(a == b for a, b in zip(*found, strict=True))
+        same = sum(a == b for a, b in zip(*written, strict=True))
         print(f"{same} of {len(TODAY)} answers identical, {times[1] / times[0]:.2f} times as fast as without drafts")
 
 

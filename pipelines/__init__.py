@@ -1,7 +1,7 @@
-"""Entry points of jobs: `python -m pipelines.STAGE RECIPE` is the `owlrec` command of that stage.
+"""Entry points of jobs: `python -m pipelines.STAGE RECIPE` runs the `owlrec` command of that stage.
 
-On a cluster that has OwlRec's dependencies but not OwlRec itself, `ray job submit --working-dir .` brings this folder
-and platform/ beside it; importing `pipelines` then makes `owlrec` importable.
+On a cluster with OwlRec's dependencies but without OwlRec itself, `ray job submit --working-dir .` uploads this folder
+with platform/ next to it; importing `pipelines` then makes `owlrec` importable.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ if importlib.util.find_spec("owlrec") is None and _SOURCE_ROOT.is_dir():
 
 
 def command(*words: str) -> None:
-    """Runs `owlrec WORDS…` with this process's arguments after them."""
+    """Runs `owlrec WORDS…` followed by this process's arguments."""
     from owlrec.cli import app
 
     app([*words, *sys.argv[1:]])

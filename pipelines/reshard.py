@@ -1,4 +1,4 @@
-"""Twice as many shards: `owlrec reshard RECIPE`."""
+"""Doubling the shards: `owlrec reshard RECIPE`."""
 
 from pipelines import command
 

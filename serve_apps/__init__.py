@@ -1,0 +1,1 @@
+"""Entry points of `serve run` and `serve deploy` in a checkout; an installed OwlRec has them as `owlrec.apps`."""

@@ -3,10 +3,13 @@ cache.
 """
 
 import os
+import subprocess
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -27,8 +30,9 @@ os.environ.update(
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
     RAY_TRAIN_ENABLE_STATE_TRACKING="0",
+    RAY_worker_niceness="0",  # Ray's 15 would leave the cluster's workers a thirtieth of what the other lane gets
     HF_HUB_OFFLINE="1",
-    TOKENIZERS_PARALLELISM="false",
+    TOKENIZERS_PARALLELIZM="false",
 )
 os.environ.pop("RAY_ADDRESS", None)
 # How long an example takes hangs on who else computes.
@@ -36,7 +40,7 @@ settings.register_profile("shared-machine", deadline=None, suppress_health_check
 settings.load_profile("shared-machine")
 
 ROOT = Path(__file__).resolve().parent.parent
-WAITING = ("ray", "vllm", "e2e")  # markers of tests that start clusters, engines, jobs
+STARTING = ("ray", "vllm", "e2e", "process")  # `make check` runs what has none of these markers
 WATCHING = ("serving", "releases", "client")  # folders of tests that ask servers, and say how soon they must answer
 
 
@@ -59,17 +63,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def lane_of(item: pytest.Item) -> str:
-    """Whether a test runs whole commands, starts processes or watches the clock, or only computes.
+    """Whether a test runs whole commands, waits for a cluster or watches the clock, or computes.
 
     What uses the run's one cluster is in `main` whatever it runs: another lane would start a second one.
     """
-    if item.get_closest_marker("e2e") and "ray_local" not in item.fixturenames:  # type: ignore[attr-defined]
+    on_cluster = "ray_local" in item.fixturenames  # type: ignore[attr-defined]
+    if item.get_closest_marker("e2e") and not on_cluster:
         return "e2e"
-    return "main" if any(map(item.get_closest_marker, WAITING)) or watches_the_clock(item) else "beside"
+    return "main" if on_cluster or item.get_closest_marker("ray") or watches_the_clock(item) else "beside"
 
 
 def watches_the_clock(item: pytest.Item) -> bool:
     return item.path.parent.name in WATCHING
+
+
+@pytest.fixture(autouse=True)
+def _only_computes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test that starts Python without one of the markers: `make check` would wait for its imports."""
+    if any(map(request.node.get_closest_marker, STARTING)):
+        return
+    start = subprocess.Popen.__init__
+
+    def refused(self: subprocess.Popen[bytes], args: Any, *rest: Any, **named: Any) -> None:
+        if not isinstance(args, str) and str(args[0]) == sys.executable:
+            pytest.fail(f"starts {args[:3]}: mark it `process`")
+        start(self, args, *rest, **named)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refused)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -77,9 +97,12 @@ def _no_process_left_behind() -> Iterator[None]:
     """Fails the run if a process that it started outlives it: a test suite on a shared machine must clean up."""
     before = {p.pid for p in psutil.Process().children(recursive=True)}
     yield
-    left = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+    started = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
+    # These two end with this process, whose pipe they read.
+    ours = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+    left = [p for p, line in command_lines(started).items() if not any(name in line for name in ours)]
     _, alive = psutil.wait_procs(left, timeout=20)
-    names = [f"{p.pid} {line[:80]}" for p, line in command_lines(alive).items() if "resource_tracker" not in line]
+    names = [f"{p.pid} {line[:80]}" for p, line in command_lines(alive).items()]
     assert not names, f"processes left behind: {names}"
 
 

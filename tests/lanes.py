@@ -1,11 +1,12 @@
-"""`make test`: the whole suite on two cores, in three pytests at once.
+"""`make test` and `make check`: several pytests at once, for two cores.
 
-Tests of whole runs and jobs (`e2e`) and tests that start clusters, engines and servers (`main`) wait for processes half
-of the time, so each leaves the other room. What only computes (`beside`) gets the processor whenever nobody else
-wants it (SCHED_IDLE; the lowest priority where the system knows no such class).
+`make test` is the whole suite. Tests of whole runs and jobs (`e2e`) and tests that ask the one cluster and servers
+(`main`) wait for processes half of the time, so each leaves the other room. What computes (`beside`), vLLM's engines
+among it, gets the processor whenever nobody else wants it (SCHED_IDLE; the lowest priority where the system knows no
+such class). `make check` is what only computes, in two halves of about the same length.
 
-`python tests/lanes.py ARGUMENTS` passes its arguments to all, --coverage aside, with which lines of platform/owlrec are
-counted in every process that they start; `pytest` alone runs everything in one process.
+`python tests/lanes.py ARGUMENTS` passes its arguments to all, --check aside and --coverage, with which lines of
+platform/owlrec are counted in every process that they start; `pytest` alone runs everything in one process.
 """
 
 import os
@@ -13,13 +14,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 
-BEHIND = ("e2e", "beside")  # printed when they are done; `main` is seen while it runs
 NO_TEST_CHOSEN = 5  # what pytest ends with where ARGUMENTS leave a lane none
 # Threads that wait for each other by spinning take what other lanes need: OpenMP's are to sleep, or to be one.
-ENV = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
-ENV_BESIDE = ENV | {"OMP_NUM_THREADS": "1"}
+SLEEPING = {"OMP_WAIT_POLICY": "PASSIVE"}
+ALONE = SLEEPING | {"OMP_NUM_THREADS": "1"}
+TIMEOUT = "--timeout=1800"  # for a test: three times what one that runs alone may take
+ONLY_COMPUTES = "not (ray or vllm or e2e or process)"
+MODELS = ("tests/ctr", "tests/cohorts")  # where half of that time goes
 
 
 def give_way() -> None:
@@ -30,24 +35,48 @@ def give_way() -> None:
         os.nice(19)
 
 
+@dataclass(frozen=True)
+class Lane:
+    """One pytest."""
+
+    arguments: tuple[str, ...]
+    env: dict[str, str]
+    first: Callable[[], None] | None = None  # what its process does before anything else
+
+
+# The first is seen while it runs, the others are printed when they are done.
+TEST = (
+    Lane(("--lane", "main"), SLEEPING),
+    Lane(("--lane", "e2e"), SLEEPING),
+    Lane(("--lane", "beside"), ALONE, give_way),
+)
+CHECK = (
+    Lane(("-m", ONLY_COMPUTES, *(f"--ignore={folder}" for folder in MODELS)), ALONE),
+    Lane(("-m", ONLY_COMPUTES, *MODELS), ALONE),
+)
+
+
 def main() -> int:
     """Runs the lanes, shows what each printed one after the other; 1 where a test failed or none ran."""
     runner = ["coverage", "run", "-m", "pytest"] if "--coverage" in sys.argv else ["pytest"]
-    arguments = [argument for argument in sys.argv[1:] if argument != "--coverage"]
-    command = [sys.executable, "-m", *runner, *arguments, "--lane"]
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--check", "--coverage")]
+    seen, *behind = CHECK if "--check" in sys.argv else TEST
+
+    def start(lane: Lane, file: int | None = None) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", *runner, TIMEOUT, *arguments, *lane.arguments]
+        return subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | lane.env, preexec_fn=lane.first)
+
     with ExitStack() as stack:
-        printed = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in BEHIND]
-        e2e, beside = others = [
-            subprocess.Popen([*command, lane], stdout=file, stderr=file, env=env, preexec_fn=first)
-            for lane, file, env, first in zip(BEHIND, printed, (ENV, ENV_BESIDE), (None, give_way), strict=True)
-        ]
+        printed = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in behind]
+        running = [start(lane, file.fileno()) for lane, file in zip(behind, printed, strict=True)]
+        running.append(start(seen))
         try:
-            codes = {subprocess.run([*command, "main"], check=False, env=ENV).returncode, e2e.wait(), beside.wait()}
+            codes = {process.wait() for process in reversed(running)}
         finally:
-            for lane in others:
-                if lane.poll() is None:
-                    lane.send_signal(signal.SIGINT)  # it ends what its tests have started
-                    lane.wait()
+            for process in running:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGINT)  # it ends what its tests have started
+                    process.wait()
         for file in printed:
             file.seek(0)
             print(file.read(), flush=True)

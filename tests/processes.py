@@ -9,12 +9,12 @@ import psutil
 
 def command_lines(processes: Iterable[psutil.Process]) -> dict[psutil.Process, str]:
     """Of those that still run, zombies left out."""
-    found = {}
+    lines = {}
     for process in processes:
         with suppress(psutil.Error):
             if process.status() != psutil.STATUS_ZOMBIE:
-                found[process] = " ".join(process.cmdline())
-    return found
+                lines[process] = " ".join(process.cmdline())
+    return lines
 
 
 def free_port() -> int:

@@ -18,16 +18,16 @@ import torch
 
 import owlrec
 from owlrec import api
-from owlrec.ctr import adaptor
-from owlrec.decoding.pools import write_pool
-from owlrec.decoding.release_pools import FOLDER
+from owlrec.ctr import model as adaptor
 from owlrec.errors import RecipeError, ReleaseError, SchemaError, WorkspaceError
 from owlrec.generation import EchoEngineConfig
+from owlrec.generation.release_pools import FOLDER
+from owlrec.ids import as_ids, stable_id
 from owlrec.recipe import Recipe, load_recipe, make_recipe
 from owlrec.releases import Release
-from owlrec.releases.rows import Knowledge
-from owlrec.schema import as_ids, stable_id
+from owlrec.releases.format import Knowledge
 from owlrec.workspace import Workspace
+from owlrec_decoding.pools import write_pool
 
 ROOT = Path(__file__).resolve().parent.parent
 WALK = (ROOT / "docs" / "your-data.md").read_text()
@@ -67,6 +67,7 @@ def test_the_docstring_of_each_name_holds_an_example_that_runs(name: str, in_sho
     assert runner.summarize(verbose=False).failed == 0
 
 
+@pytest.mark.process
 def test_importing_the_package_is_quick_and_loads_nothing_heavy() -> None:
     heavy = ("torch", "ray", "vllm", "pandas", "numpy", "pyarrow", "pydantic")
     code = (
@@ -233,7 +234,7 @@ def test_texts_about_users_quote_what_they_did() -> None:
     with asked() as (url, prompts):
         texts = owlrec.write_texts(
             users, scenario="books", llm=url, model="m", kind="user", items=BOOKS, interactions=interactions,
-            quality={"enabled": False}, quiet=True,
+            quality={"policy": "off"}, quiet=True,
         )  # fmt: skip
     assert texts.error.isna().tolist() == [True, True, False]
     assert texts.error[2].startswith("NoBehavior")
@@ -245,13 +246,13 @@ def test_texts_about_users_quote_what_they_did() -> None:
 
 def test_a_server_that_refuses_a_row_costs_that_row_alone() -> None:
     with asked(refused="Dune") as (url, _):
-        texts = owlrec.write_texts(BOOKS, scenario="books", llm=url, model="m", quality={"enabled": False}, quiet=True)
+        texts = owlrec.write_texts(BOOKS, scenario="books", llm=url, model="m", quality={"policy": "off"}, quiet=True)
     assert texts.error.isna().tolist() == [True, False, True]
     assert texts.error[10].startswith("RequestRefused")
 
 
 def test_in_a_workspace_that_is_kept_only_new_rows_are_asked_about(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"scenario": "books", "model": "m", "quality": {"enabled": False}, "quiet": True}
+    options: dict[str, Any] = {"scenario": "books", "model": "m", "quality": {"policy": "off"}, "quiet": True}
     with asked(refused="Dune") as (url, _):
         owlrec.write_texts(BOOKS, llm=url, workspace=tmp_path, **options)
     with asked() as (url, prompts):
@@ -382,9 +383,9 @@ def test_an_adaptor_of_rows_is_that_of_distinct_ids() -> None:
     users[2] = 0
     rows, known = torch.arange(4), torch.tensor([True, True, False, True])
     there = torch.ones(4, dtype=torch.bool)
-    of_users = adaptor.Knowledge(users.unsqueeze(1), known.unsqueeze(1), rows)
-    of_items = adaptor.Knowledge(items.unsqueeze(1), there.unsqueeze(1), rows)
-    expected = model.fields(of_users, of_items)
+    user_knowledge = adaptor.BatchVectors(users.unsqueeze(1), known.unsqueeze(1), rows)
+    item_knowledge = adaptor.BatchVectors(items.unsqueeze(1), there.unsqueeze(1), rows)
+    expected = model.fields(user_knowledge, item_knowledge)
     assert expected.shape == (4, 2, 3)
     torch.testing.assert_close(model(users, items), expected)  # zeros say that nothing is known
     users[2] = 5

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from benchmarks.load import LoadJob, _Load
+from benchmarks.load import LoadSpec, _Load
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
@@ -19,7 +19,7 @@ def test_a_connection_that_the_server_closed_while_it_was_idle_is_not_used_again
     async def run():
         server = await asyncio.start_server(serve_one, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        job = LoadJob(url=f"http://127.0.0.1:{port}/x", paths=["/x"], rate=10, seconds=1)
+        job = LoadSpec(url=f"http://127.0.0.1:{port}/x", paths=["/x"], rate=10, seconds=1)
         async with server:
             return await _Load(job).run()
 

@@ -44,9 +44,9 @@ def test_growth_adds_users_and_later_behaviors_and_is_taken_back(tmp_path: Path)
     write_world(WORLD, tmp_path)
     new, active = grow(WORLD, tmp_path)
     later = pa.concat_tables(pq.read_table(f) for f in (tmp_path / "interactions").glob("later*"))
-    of_user = pc.unique(later["user_id"]).to_pylist()
-    assert new == 5 == sum(u >= 500 for u in of_user)
-    assert active == sum(u < 500 for u in of_user)
+    later_users = pc.unique(later["user_id"]).to_pylist()
+    assert new == 5 == sum(u >= 500 for u in later_users)
+    assert active == sum(u < 500 for u in later_users)
     assert 10 < active < 45  # 25 expected
     assert pc.min(later["timestamp"]).as_py() >= (worlds.START + worlds.DAYS * 86_400) * 1000
     write_world(WORLD, tmp_path)

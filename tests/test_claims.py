@@ -126,14 +126,16 @@ def test_a_claim_given_back_while_the_heartbeat_renews_it_stays_gone(
     claims.close()
 
 
-def test_what_a_finished_run_left_is_cleared_and_nothing_else(workspace: Workspace) -> None:
-    mine, theirs = Claims(workspace, "a"), Claims(workspace, "b")
-    assert mine.claim(SHARD)
+def test_what_a_finished_run_and_the_dead_left_is_cleared_and_nothing_else(workspace: Workspace) -> None:
+    mine, theirs, dead = Claims(workspace, "a"), Claims(workspace, "b"), Claims(workspace, "c")
+    assert dead.claim(SHARD)
+    rewrite(workspace, pid=2**22 + 1)  # its driver was killed after the shard was done: no run looks at it again
     assert theirs.claim("claims/a/user/00000001")
+    assert mine.claim("claims/a/user/00000002")
     clear_claims(workspace, "claims/a", "a")
     assert list(workspace.entries("claims/a")) == ["user/00000001"]
-    mine.close()
-    theirs.close()
+    for claims in (mine, theirs, dead):
+        claims.close()
 
 
 def test_unreadable_claim_holds_nothing(workspace: Workspace) -> None:
@@ -157,7 +159,7 @@ def test_of_two_that_hold_a_claim_for_a_block_the_second_is_told_who_is_first(wo
     second = claimed(workspace, SHARD, "prepare")
     with (
         claimed(workspace, SHARD, "prepare"),
-        pytest.raises(WorkspaceError, match=f"prepare is running already, in process {os.getpid()}"),
+        pytest.raises(WorkspaceError, match=f"prepare is already running in process {os.getpid()}"),
     ):
         second.__enter__()
     with claimed(workspace, SHARD, "prepare"):

@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 
 from owlrec.cli import app
 from owlrec.errors import RecipeError
-from owlrec.init import draft, find_tables
-from owlrec.recipe import load_recipe
+from owlrec.recipe import draft, find_tables, load_recipe
 
 SECONDS = 1_700_000_000
 

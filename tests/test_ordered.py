@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.ordered import rows_of, run_starts
+from owlrec.ids import rows_of, run_starts
 
 SMALL = st.lists(st.integers(-3, 3), max_size=12)
 
@@ -10,8 +10,8 @@ SMALL = st.lists(st.integers(-3, 3), max_size=12)
 @given(st.sets(st.integers(-9, 9)), SMALL)
 def test_rows_are_those_that_a_list_finds(ids: set[int], wanted: list[int]) -> None:
     ascending = sorted(ids)
-    found = rows_of(np.array(ascending, np.int64), np.array(wanted, np.int64))
-    assert found.tolist() == [ascending.index(i) if i in ids else -1 for i in wanted]
+    rows = rows_of(np.array(ascending, np.int64), np.array(wanted, np.int64))
+    assert rows.tolist() == [ascending.index(i) if i in ids else -1 for i in wanted]
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=12))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
 FULL = Path("/dev/full")
 
 
@@ -13,7 +14,7 @@ FULL = Path("/dev/full")
 def test_a_full_disk_costs_lines_of_the_log_and_no_worker() -> None:
     code = f"""
 import sys
-from owlrec.process import redirect_output
+from owlrec.machine import redirect_output
 redirect_output("{FULL}")
 for stream in (sys.stdout, sys.stderr):
     print("a line", file=stream)
@@ -25,7 +26,7 @@ for stream in (sys.stdout, sys.stderr):
 def test_output_of_python_and_of_native_code_keeps_its_order(tmp_path: Path) -> None:
     code = f"""
 import os
-from owlrec.process import redirect_output
+from owlrec.machine import redirect_output
 redirect_output({str(tmp_path / "logs" / "log")!r})
 print("one")
 os.write(1, b"two\\n")

@@ -4,13 +4,20 @@ import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pydantic_core
 import pytest
+import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+from owlrec.config import Registry
 from owlrec.errors import RecipeError
-from owlrec.generation import EngineConfig
-from owlrec.recipe import Recipe, load_recipe
+from owlrec.generation import ENGINES, EngineConfig
+from owlrec.generation.quality import DEFAULT_POLICY
+from owlrec.recipe import Recipe, _StrictLoader, load_recipe
+from owlrec.sources import SOURCES
 
 GOOD = """
 name: demo
@@ -19,7 +26,8 @@ workspace: runs/demo
 source: {type: movielens-100k}
 engine: {type: echo}
 """
-KEYS = 105
+KEYS = 76
+REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "recipe.md"
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "pipelines" / "recipes").glob("*.yaml"))
 
 
@@ -44,13 +52,26 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_bare_off_is_a_word_and_not_false(tmp_path: Path) -> None:
-    recipe = load(tmp_path, GOOD + "decoding: {mode: off}\nctr: {use_gpu: yes, use_profile: true}\n")
-    assert (recipe.decoding.mode, recipe.ctr.use_gpu, recipe.ctr.use_profile) == ("off", True, True)
+    recipe = load(tmp_path, GOOD + "decoding: {mode: off}\ntraining: {use_gpu: yes}\nctr: {use_profile: true}\n")
+    assert (recipe.decoding.mode, recipe.training.use_gpu, recipe.ctr.use_profile) == ("off", True, True)
+
+
+def test_most_replicas_can_be_overridden(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    for given, most, expected in (
+        ("3", 5, (1, 5)),
+        ("[2, 9]", 5, (2, 5)),
+        ("[8, 9]", 5, (5, 5)),
+        ("[2, 9]", None, (2, 9)),
+    ):
+        file.write_text(GOOD + f"generate: {{replicas: {given}}}\n")
+        generate = load_recipe(file, max_replicas=most).generate
+        assert (generate.least_replicas, generate.most_replicas) == expected
 
 
 def test_label_rule_can_be_overridden(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
-    file.write_text(GOOD + "labels: {rating_above: 4}\n")
+    file.write_text(GOOD + "labels: {rule: {rating_above: 4}}\n")
     assert load_recipe(file).domain.positive_above == 4
 
 
@@ -63,6 +84,13 @@ def test_label_rule_can_be_overridden(tmp_path: Path) -> None:
         ("shard_rows: 0", "shard_rows: Input should be greater than or equal to 1 (found 0)"),
         ("name: again", "key 'name' occurs twice"),
         ("ctr: {seeds: abc}", "ctr.seeds:"),
+        ("labels: {rule: ratings}", "labels.rule: Input should be 'rating_above', 'column' or 'positives_only' (found"),
+        ("labels: {negatives: {popular: 4}}", "labels.negatives.popular:"),
+        ("split: {cuts: [now, {evry: 1d}]}", "split.cuts.1.evry: unknown key"),
+        ("generate: {replicas: [4, 2]}", "generate.replicas: name the least first"),
+        ("encoder: {semantic_ids: 3x100}", "encoder.semantic_ids: codes_per_level"),
+        ("sampling: {options: {max_tokens: 3}}", "sampling.options: max_tokens"),
+        ("ray: {num_cpus: 2}", "ray: Input should be a valid string"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: str, message: str) -> None:
@@ -77,14 +105,14 @@ def test_unknown_scenario_and_engine_key_are_explained_together(tmp_path: Path) 
         load(tmp_path, GOOD.replace("movies", "moovies").replace("type: echo", "type: vllm, modell: x"))
     assert "Did you mean 'movies'?" in str(error.value)
     assert "engine.modell: unknown key. Did you mean 'model'?" in str(error.value)
-    assert "engine.model: is missing" in str(error.value)
+    assert "engine.model: missing" in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
         ("{type: vlm, model: x}", "engine: there is no engine 'vlm'. Did you mean 'vllm'?"),
-        ("{model: x}", "engine: its type is missing. Valid names: echo, http, vllm."),
+        ("{model: x}", "engine: the type is missing. Valid names: echo, http, vllm."),
         ("[echo]", "engine: Input should be a valid dictionary"),
     ],
 )
@@ -103,9 +131,7 @@ def test_a_section_chosen_by_type_is_dumped_with_its_own_fields(tmp_path: Path) 
 
 
 WINES = """
-  name: wines
-  item: wine
-  items: wines
+  nouns: [wine, wines]
   consumed: tasted
   history: tasting history
   rating_unit: ""
@@ -118,21 +144,21 @@ WINES = """
 
 def test_a_scenario_may_be_written_out(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
-    file.write_text(GOOD.replace(" movies", WINES) + "labels: {rating_above: 4}\n")
+    file.write_text(GOOD.replace(" movies", WINES) + "labels: {rule: {rating_above: 4}}\n")
     domain = load_recipe(file).domain
     assert (domain.item, domain.user_factors, domain.positive_above) == ("wine", ("grape", "region"), 4)
     with pytest.raises(RecipeError) as error:
         load(tmp_path, GOOD.replace(" movies", WINES.replace("history:", "histry:")))
     assert "scenario.histry: unknown key. Did you mean 'history'?" in str(error.value)
-    assert "scenario.history: is missing" in str(error.value)
+    assert "scenario.history: missing" in str(error.value)
 
 
 def test_missing_file_and_bad_yaml(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(tmp_path / "absent.yaml")
-    with pytest.raises(RecipeError, match="no valid YAML"):
+    with pytest.raises(RecipeError, match="not valid YAML"):
         load(tmp_path, "a: [1")
-    with pytest.raises(RecipeError, match="must hold"):
+    with pytest.raises(RecipeError, match="must have"):
         load(tmp_path, "- 1")
 
 
@@ -155,8 +181,57 @@ def test_a_key_more_needs_a_key_less() -> None:
 
 
 def test_the_reference_begins_with_twenty_keys_that_exist() -> None:
-    page = (Path(__file__).resolve().parent.parent / "docs" / "reference" / "recipe.md").read_text("utf-8")
-    keys = re.findall(r"^\| `([a-z_.]+)` \|", page.partition("## All sections")[0], re.MULTILINE)
+    keys = re.findall(r"^\| `([a-z_.]+)` \|", REFERENCE.read_text("utf-8").partition("## All keys")[0], re.MULTILINE)
     assert len(set(keys)) == 20
     # A scenario is named; a model is what vLLM and HTTP engines have.
     assert set(keys) - {"scenario", "engine.model"} <= set(leaf_keys(Recipe))
+
+
+def field_of(key: str) -> FieldInfo:
+    """The field of a key that stands in a recipe."""
+    model: type[BaseModel] = Recipe
+    *sections, name = key.split(".")
+    for section in sections:
+        annotation = model.model_fields[section].annotation
+        choices = (annotation, *typing.get_args(annotation))
+        model = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
+    return model.model_fields[name]
+
+
+def default_of(field: FieldInfo) -> Any:
+    """As JSON holds it."""
+    return pydantic_core.to_jsonable_python(field.get_default(call_default_factory=True))
+
+
+def rows_of_reference(columns: int) -> list[list[str]]:
+    """The cells of the tables of all keys that have so many columns."""
+    page = REFERENCE.read_text("utf-8").partition("## All keys")[2]
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in page.splitlines() if line.startswith("| `")]
+    return [row for row in rows if len(row) == columns]
+
+
+def assert_described(field: FieldInfo, type_: str, default: str, why: str) -> None:
+    assert type_.strip()
+    assert why.strip()
+    if field.is_required():
+        assert default == "required"
+    elif default.startswith("`"):
+        assert yaml.load(default.strip("`"), Loader=_StrictLoader) == default_of(field)
+    else:  # a word on what follows from other things
+        assert default_of(field) in (None, "", DEFAULT_POLICY)
+
+
+def test_the_reference_tells_type_default_and_why_of_every_key() -> None:
+    rows = rows_of_reference(4)
+    assert sorted(key.strip("`") for key, *_ in rows) == sorted(leaf_keys(Recipe))
+    for key, type_, default, why in rows:
+        assert_described(field_of(key.strip("`")), type_, default, why)
+
+
+@pytest.mark.parametrize(("section", "registry"), [("source", SOURCES), ("engine", ENGINES)])
+def test_the_reference_tells_the_keys_of_each_source_and_engine(section: str, registry: Registry) -> None:
+    rows = [row for row in rows_of_reference(5) if row[1].startswith(f"`{section}.")]
+    expected = {(name, key) for name in registry for key in registry.load(name).model_fields if key != "type"}
+    assert {(name.strip("`"), key.strip("`").partition(".")[2]) for name, key, *_ in rows} == expected
+    for name, key, *about in rows:
+        assert_described(registry.load(name.strip("`")).model_fields[key.strip("`").partition(".")[2]], *about)

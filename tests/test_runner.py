@@ -68,14 +68,14 @@ def test_shards_are_pending_until_made_of_these_inputs(workspace: Workspace) -> 
 
 
 def test_a_run_makes_what_is_pending_and_says_so_on_cards(workspace: Workspace) -> None:
-    first, second, told = Doubling(), Doubling(), list[str]()
+    first, second, reported = Doubling(), Doubling(), list[str]()
     some = run_stage(workspace, first, {shard: "i" for shard in SHARDS[:2]})
     began = time.time()
-    cards = run_stage(workspace, second, INPUTS, on_card=lambda card: told.append(card.shard))
+    cards = run_stage(workspace, second, INPUTS, on_card=lambda card: reported.append(card.shard))
     assert list(cards) == [shard.name for shard in SHARDS]
     assert cards == Artifact(workspace, FOLDER).cards() | cards
     assert {name: cards[name] for name in some} == some
-    assert second.made == Counter(told) == Counter(shard.name for shard in SHARDS[2:])
+    assert second.made == Counter(reported) == Counter(shard.name for shard in SHARDS[2:])
     assert (len(second.opened), second.closed) == (1, 1)
     card = cards["user/00000003"]
     assert (card.stage, card.fingerprint, card.worker) == ("double", "i", second.opened[0])
@@ -85,8 +85,8 @@ def test_a_run_makes_what_is_pending_and_says_so_on_cards(workspace: Workspace) 
     assert left_claims(workspace) == []
 
     third = Doubling()
-    assert run_stage(workspace, third, INPUTS, on_card=lambda card: told.append(card.shard)) == cards
-    assert (third.opened, len(told)) == ([], 4)  # nothing is even opened where nothing is to do
+    assert run_stage(workspace, third, INPUTS, on_card=lambda card: reported.append(card.shard)) == cards
+    assert (third.opened, len(reported)) == ([], 4)  # nothing is even opened where nothing is to do
 
 
 def test_finished_shards_are_made_again_on_request_and_see_what_they_were(workspace: Workspace) -> None:
@@ -311,11 +311,11 @@ def test_a_worker_that_dies_over_a_shard_is_replaced(
     workspace: Workspace, tmp_path: Path, on_ray: None, how: str
 ) -> None:
     (deaths := tmp_path / "deaths").mkdir()
-    told: list[str] = []
+    reported: list[str] = []
     pool = Pool(here=False, in_flight=2, lease_s=8.0)
-    cards = run_stage(workspace, Deadly(deaths, 1, how), INPUTS, pool, lambda card: told.append(card.shard))
+    cards = run_stage(workspace, Deadly(deaths, 1, how), INPUTS, pool, lambda card: reported.append(card.shard))
     assert list(cards) == [shard.name for shard in SHARDS]
-    assert sorted(told) == sorted(cards)
+    assert sorted(reported) == sorted(cards)
     assert len(list(deaths.iterdir())) == 1
     assert workspace.read_bytes(f"{FOLDER}/{SHARDS[1].file('.txt')}") == b"2"
     assert left_claims(workspace) == []
@@ -325,7 +325,7 @@ def test_a_worker_that_dies_over_a_shard_is_replaced(
 def test_three_workers_lost_over_one_shard_end_the_run(workspace: Workspace, tmp_path: Path, on_ray: None) -> None:
     (deaths := tmp_path / "deaths").mkdir()
     pool = Pool(here=False, log_path=str(tmp_path / "engine.log"))
-    with pytest.raises(EngineError, match=r"3 workers have ended over shard user/00000001.*engine\.log says why"):
+    with pytest.raises(EngineError, match=r"3 workers died on shard user/00000001.*engine\.log"):
         run_stage(workspace, Deadly(deaths, 99, "lost"), INPUTS, pool)
     assert len(list(deaths.iterdir())) == 3
     assert "out of memory" in (tmp_path / "engine.log").read_text()

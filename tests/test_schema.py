@@ -8,25 +8,26 @@ from hypothesis import strategies as st
 
 from owlrec import schema
 from owlrec.errors import SchemaError
+from owlrec.ids import by_shard, shard_of, stable_id
 
 
 @given(st.integers(0, 10**18 - 1))
 def test_canonical_integers_keep_their_value(n: int) -> None:
-    assert schema.stable_id(str(n)) == n
+    assert stable_id(str(n)) == n
 
 
 @given(st.text(min_size=1))
 def test_ids_are_stable_and_fit_63_bits(raw: str) -> None:
-    assert schema.stable_id(raw) == schema.stable_id(raw)
-    assert 0 <= schema.stable_id(raw) < 2**63
+    assert stable_id(raw) == stable_id(raw)
+    assert 0 <= stable_id(raw) < 2**63
 
 
 def test_leading_zeros_and_non_ascii_digits_are_other_ids() -> None:
-    assert len({schema.stable_id(raw) for raw in ("7", "07", "007", "٧")}) == 4
+    assert len({stable_id(raw) for raw in ("7", "07", "007", "٧")}) == 4
 
 
 def test_shards_cover_all_ids_evenly_even_with_a_stride() -> None:
-    counts = np.bincount(schema.shard_of(np.arange(0, 64_000, 64), 8), minlength=8)
+    counts = np.bincount(shard_of(np.arange(0, 64_000, 64), 8), minlength=8)
     assert counts.sum() == 1000
     assert counts.min() > 80
     assert counts.max() < 180
@@ -76,8 +77,8 @@ def test_wrong_time_unit_is_detected(timestamp: int, problem: str) -> None:
 @given(st.lists(st.integers(-(2**62), 2**62), max_size=60), st.sampled_from([1, 2, 16]))
 def test_every_position_belongs_to_its_shard(ids: list[int], n_shards: int) -> None:
     array = np.array(ids, dtype=np.int64)
-    groups = list(schema.by_shard(array, n_shards))
+    groups = list(by_shard(array, n_shards))
     assert sorted(np.concatenate([np.zeros(0, int), *(at for _, at in groups)]).tolist()) == list(range(len(ids)))
     assert len({number for number, _ in groups}) == len(groups)
     for number, at in groups:
-        assert (schema.shard_of(array[at], n_shards) == number).all()
+        assert (shard_of(array[at], n_shards) == number).all()

@@ -49,7 +49,7 @@ def test_names_of_shards_go_both_ways() -> None:
         "user/00000012.parquet",
         "user/00000012.arrow",
     )
-    assert Shard.of_name("user/00000012") == shard
+    assert Shard.from_name("user/00000012") == shard
 
 
 def test_cards_come_in_order_and_by_kind(artifact: Artifact, calls: dict[str, int]) -> None:

@@ -176,7 +176,7 @@ def test_unwritable_places_are_refused_with_what_to_check(tmp_path: Path, s3_roo
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkspaceError, match="file/below is not writable"):
         Storage(tmp_path / "file" / "below").check_writable()
-    with pytest.raises(WorkspaceError, match="no such bucket"):
+    with pytest.raises(WorkspaceError, match="bucket does not exist"):
         Storage("s3://no-such-bucket/x").check_writable()
     with pytest.raises(WorkspaceError, match="ftp://x cannot be opened"):
         Storage("ftp://x")

@@ -69,9 +69,9 @@ def test_numbers_of_shards_stay_as_they_were_fixed_first(any_workspace: Workspac
     any_workspace.fix_shards({"user": 8})
     any_workspace.fix_shards({"user": 16, "item": 4})
     assert {kind: Workspace(any_workspace.root).n_shards(kind) for kind in ("user", "item")} == {"user": 8, "item": 4}
-    with pytest.raises(WorkspaceError, match="no number of cohort shards"):
+    with pytest.raises(WorkspaceError, match="number of cohort shards"):
         any_workspace.n_shards("cohort")
-    with pytest.raises(ValueError, match="powers of two"):
+    with pytest.raises(ValueError, match="power of two"):
         any_workspace.fix_shards({"cohort": 3})
     any_workspace.grow_shards({"user": 16})
     assert Workspace(any_workspace.root).n_shards("user") == 16

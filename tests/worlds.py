@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec import schema
-from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.knowledge_tables import KnowledgeTable
 from owlrec.encoding.vectors import VectorShard
-from owlrec.schema import shard_of
+from owlrec.ids import shard_of
 from owlrec.workspace import Workspace, shard_file, table_file
 
 

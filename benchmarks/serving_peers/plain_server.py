@@ -40,8 +40,8 @@ def build(rows: str) -> FastAPI:
     @app.post("/users")
     async def many(asked: Many) -> dict[str, object]:
         marks = ",".join("?" * len(asked.ids))
-        found = database.execute(f"select id, text, vector from knowledge where id in ({marks})", asked.ids).fetchall()
-        by_id = {row[0]: row for row in found}
+        rows = database.execute(f"select id, text, vector from knowledge where id in ({marks})", asked.ids).fetchall()
+        by_id = {row[0]: row for row in rows}
         return {"results": [answer(by_id[id_]) if id_ in by_id else None for id_ in asked.ids]}
 
     return app

@@ -1,8 +1,9 @@
-"""The Python API: `run`, `write_texts`, `open` and `drafting`; `owlrec.Adaptor` and `owlrec.Client` stand beside them.
+"""The Python API: `run`, `write_texts` and `drafting`; `owlrec.open`, `owlrec.Adaptor` and `owlrec.Client` stand beside
+them.
 
-What a command does is done here in the caller's process, with dicts, frames and raw ids in place of files and options.
-Nothing is done in a second way: `run` calls the stages of `owlrec run`, `write_texts` makes the tables that `prepare`
-makes and has the runner generate them, `open` opens a release as a server does.
+These functions do the work of the commands in the caller's process, with dicts, frames and raw ids instead of files and
+options. They share the commands' code: `run` calls the stages of `owlrec run`, `write_texts` builds the tables of
+`prepare` and generates on the same runner, and `open` opens a release as a server does.
 """
 
 import tempfile
@@ -17,21 +18,23 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from owlrec.decoding import engine_arguments
-from owlrec.decoding.release_pools import FOLDER, pools_identity
-from owlrec.errors import RecipeError, SchemaError, WorkspaceError
+import owlrec_decoding
+from owlrec.errors import EngineError, RecipeError, SchemaError, WorkspaceError
 from owlrec.generation import EngineConfig
-from owlrec.generation.job import build_job, dead_file, iterate_knowledge, table_inputs
-from owlrec.generation.models import model_identity
-from owlrec.generation.worker import GenerateStage
+from owlrec.generation.engines import model_identity
+from owlrec.generation.job import GenerateStage, build_job, dead_file, iterate_knowledge, table_inputs
+from owlrec.generation.release_pools import FOLDER
+from owlrec.ids import TABLES, stable_id
+from owlrec.lookup import workspace_of
 from owlrec.ops.console import ShardWatch, progress, silent
 from owlrec.recipe import Recipe, load_recipe, make_recipe
-from owlrec.releases.release import Release, current_release, open_release
+from owlrec.releases.release import current_release
 from owlrec.runner import pending_shards
-from owlrec.runs.batch import write_texts as write_shards
-from owlrec.runs.stage import STAGES, chosen_stages, run_stages
+from owlrec.runs import STAGES
+from owlrec.runs.stages import chosen_stages, run_stages
+from owlrec.runs.stages import write_texts as write_shards
 from owlrec.scenario import Scenario
-from owlrec.schema import INTERACTIONS, TABLES, missing_column, stable_id
+from owlrec.schema import INTERACTIONS, missing_column
 from owlrec.shards import Card, finish_stage, finished_stage
 from owlrec.sources.outcomes import Labels, outcome_columns, with_outcomes
 from owlrec.sources.raw import Piece, checked, entities_piece, interactions_piece
@@ -39,15 +42,17 @@ from owlrec.sources.splits import Behaviors, Texts, histories
 from owlrec.sources.tabular import to_milliseconds
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shards_for, table_file
+from owlrec_decoding import DecodingError, VllmError
+from owlrec_decoding.options import pools_identity
 
 if TYPE_CHECKING:
     import pandas as pd
 
-RecipeLike = Recipe | Mapping[str, Any] | str | PathLike[str]  # a dict is what a YAML file holds
-Section = Mapping[str, Any] | Any  # of a recipe: a dict or its Config
+RecipeLike = Recipe | Mapping[str, Any] | str | PathLike[str]  # a dict has the contents of a YAML file
+Section = Mapping[str, Any] | Any  # a recipe's section: a dict or its Config
 
-_HERE_ROWS = 2_000  # that any engine answers in this process: fewer seconds than a Ray cluster takes to start
-_FRAMES = "frames"  # in the card of the tables that `write_texts` makes
+_HERE_ROWS = 2_000  # up to here, in this process: faster than starting a Ray cluster
+_FRAMES = "frames"  # in the card of `write_texts`' tables
 
 
 # ------------------------------------------------------------------------------------------------------------------ run
@@ -61,12 +66,12 @@ def run(
     workspace: str | PathLike[str] | None = None,
     quiet: bool = False,
 ) -> dict[str, Card]:
-    """Does what `owlrec run` does, in this process: all stages of a recipe, or those from `first` to `to`.
+    """Runs a recipe in this process, like `owlrec run`: all stages, or those from `first` to `to`.
 
-    recipe: the path of a YAML file, a Recipe, or a dict of the same keys; its sections may be Configs and its paths
-    `Path`s. workspace: in place of the recipe's own. quiet: prints nothing. What has finished is skipped, as in the
-    command. Returns the card of each stage, in order: what it counted, where its output is, how long it took.
-    Raises RecipeError, which names each wrong key, and OwlRecError where a stage cannot go on.
+    recipe: the path of a YAML file, a Recipe, or a dict with the same keys; its sections may be Configs and its paths
+    `Path`s. workspace: replaces the recipe's. quiet: prints nothing. Finished stages are skipped, as in the
+    command. Returns each stage's card in order, with its counts, outputs and seconds.
+    Raises RecipeError, which names each wrong key, and OwlRecError if a stage fails.
 
     >>> import owlrec
     >>> cards = owlrec.run("shop.yaml", to="publish", quiet=True)
@@ -89,37 +94,6 @@ def _recipe(recipe: RecipeLike, workspace: str | PathLike[str] | None = None) ->
     return load_recipe(fspath(recipe), workspace=place.get("workspace"))
 
 
-def _workspace(place: Workspace | RecipeLike) -> Workspace:
-    """A workspace, or that of a recipe."""
-    if isinstance(place, Workspace):
-        return place
-    if isinstance(place, str | PathLike) and not fspath(place).endswith((".yaml", ".yml")):
-        return Workspace(fspath(place))
-    return Workspace(_recipe(place).workspace)
-
-
-# ----------------------------------------------------------------------------------------------------------------- open
-
-
-def open(source: Workspace | RecipeLike, release: str | None = None, *, verify: bool = True) -> Release:
-    """Opens the current release of a workspace, or the one named `release`, for lookups by raw id.
-
-    source: the workspace's folder or URI, or a recipe (a path in .yaml, a dict, a Recipe) whose workspace is meant.
-    verify: hash the release's files first, which takes a second per GB. The result is a context manager; what it opened
-    stays what it was, whatever is published afterwards. Raises ReleaseError where nothing was published.
-
-    >>> import owlrec
-    >>> with owlrec.open("shop.yaml") as release:
-    ...     text = release["item", "B007"].text
-    ...     vectors, known = release.vectors("item", ["B007", "B999"])
-    >>> text  # doctest: +ELLIPSIS
-    'echo-...'
-    >>> vectors.shape, known.tolist()
-    ((2, 256), [True, False])
-    """
-    return open_release(_workspace(source), release, verify=verify)
-
-
 # ------------------------------------------------------------------------------------------------------------ drafting
 
 
@@ -130,47 +104,47 @@ def drafting(
     model: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """The keyword arguments that switch the retrieval decoder on in a `vllm.LLM`: `LLM(name, **owlrec.drafting(...))`.
+    """Keyword arguments that enable the retrieval decoder in a `vllm.LLM`: `LLM(name, **owlrec.drafting(...))`.
 
-    pools: what to draft from: a folder of pools (`owlrec.decoding.pools.write_pool`), or a workspace or recipe whose
-    current release has some; without them texts that have just been finished draft for the next. mode: strict changes
-    no answer; relaxed takes more drafts by DARE's rule (`k`, `min_prob`). model: the model that the LLM runs, where
-    pools do not say it themselves; pools of another are refused. settings: further keys of a recipe's `decoding`.
-    Requests name their pools: `SamplingParams(extra_args=owlrec.decoding.request_arguments(["item"]))`.
-    Raises RecipeError for an unknown setting or a workspace without pools, EngineError where no vLLM is installed, or
-    another version than the decoder is written for.
+    pools: the texts to draft from: a folder of pools (`owlrec_decoding.pools.write_pool`), or a workspace or recipe
+    whose current release has some. Without pools, finished texts serve as drafts for later ones. mode: strict changes
+    no answer; relaxed accepts more drafts by DARE's rule (`min_prob`). model: the LLM's model, if the pools do not
+    name it; pools of another model are refused. settings: more keys of a recipe's `decoding`. Requests name their
+    pools: `SamplingParams(extra_args=owlrec_decoding.request_arguments(["item"]))`. Raises RecipeError for an unknown
+    setting or a workspace without pools, and EngineError if vLLM is missing or has another version than the decoder
+    supports.
 
     >>> import owlrec
-    >>> arguments = owlrec.drafting(mode="relaxed", k=3)
-    >>> arguments["additional_config"]["owlrec_decoding"]["config"]["k"]
-    3
+    >>> arguments = owlrec.drafting(mode="relaxed", min_prob=0.2)
+    >>> arguments["additional_config"]["owlrec_decoding"]["config"]["min_prob"]
+    0.2
     >>> sorted(arguments)
     ['additional_config', 'speculative_config', 'worker_cls']
     """
-    folder, identity = _pools(pools, model)
-    section = {"decoding": {**settings, "mode": mode, "pools": folder}}
-    decoding = make_recipe({**_UNREAD, **section}, name="drafting").decoding
-    return engine_arguments(decoding, identity)
+    folder = None if pools is None else _pools(pools)
+    if folder is not None and model and pools_identity(folder) == model_identity(model):
+        model = None  # pools of a run are named by what identifies the model's weights
+    try:
+        return owlrec_decoding.drafting(folder, mode, model=model, **settings)
+    except VllmError as error:
+        raise EngineError(str(error)) from None
+    except DecodingError as error:
+        raise RecipeError(str(error)) from None
 
 
-def _pools(pools: str | PathLike[str] | Workspace | None, model: str | None) -> tuple[str | None, str]:
-    """The folder of pools, and whose tokens they hold."""
-    if pools is None:
-        return None, model or ""
+def _pools(pools: str | PathLike[str] | Workspace) -> Path:
+    """The folder of pools: what is given, or that of a workspace's current release."""
     folder = None if isinstance(pools, Workspace) else Path(fspath(pools)).expanduser()
-    if folder is None or not folder.is_dir() or (folder / "workspace.json").exists():
-        workspace = _workspace(pools)
-        release = current_release(workspace)
-        if release is None or not workspace.exists(FOLDER, release):
-            raise RecipeError(
-                f"pools: {workspace.root} has no retrieval pools. Run `publish` with `decoding.mode: strict` and a "
-                "vLLM engine in the recipe, or write a folder of pools."
-            )
-        folder = workspace.local_path(FOLDER, release)
-    identity = pools_identity(folder)
-    if identity and model and identity not in (model, model_identity(model)):
-        raise RecipeError(f"pools: {folder} holds tokens of {identity}, not of {model}. Name pools of this model.")
-    return str(folder), identity or model or ""
+    if folder is not None and folder.is_dir() and not (folder / "workspace.json").exists():
+        return folder
+    workspace = workspace_of(pools)
+    release = current_release(workspace)
+    if release is None or not workspace.exists(FOLDER, release):
+        raise RecipeError(
+            f"pools: {workspace.root} has no retrieval pools. Run `publish` with `decoding.mode: strict` and a "
+            "vLLM engine in the recipe, or pass a folder of pools."
+        )
+    return workspace.local_path(FOLDER, release)
 
 
 # --------------------------------------------------------------------------------------------------------- write_texts
@@ -189,26 +163,25 @@ def write_texts(
     sampling: Section = None,
     quality: Section = None,
     generate: Section = None,
-    ray: Section = None,
+    ray: str | None = None,
     workspace: str | PathLike[str] | None = None,
     quiet: bool = False,
 ) -> "pd.DataFrame":
-    """Has an LLM write about each row of a frame: a frame of `id`, `text`, `quality` and `error`, in the same order and
+    """Generates a text for each row of a frame: returns `id`, `text`, `quality` and `error` in the same order and
     with the same index.
 
-    frame: of items their `id`, `title` and the scenario's `text_fields`; of users their `id` and profile fields, beside
-    `items` (id and title) and `interactions` (user_id, item_id, timestamp in ms or as a time, and a rating, label or
-    event where there is one). scenario: a name such as books, or one written out. llm: a model that vLLM runs here,
-    "echo" (invented words, to try things out), the http(s) address of an OpenAI-compatible server up to /v1 (`model` is
-    then its model), or the `engine` section of a recipe. prompts, sampling, quality, generate, ray: sections of a
-    recipe.
+    frame: for items, `id`, `title` and the scenario's `text_fields`; for users, `id` and profile fields, and also pass
+    `items` (id and title) and `interactions` (user_id, item_id, timestamp in ms or as a time, and optionally a rating,
+    label or event). scenario: a name such as books, or a custom scenario. llm: a model for vLLM on this machine,
+    "echo" (invented words, for trying things out), the http(s) address of an OpenAI-compatible server up to /v1
+    (`model` then names its model), or the `engine` section of a recipe. prompts, sampling, quality, generate: sections
+    of a recipe. ray: a recipe's `ray`, such as auto.
 
-    quality: "ok", or the names of the quality rules that flagged the text. error: why a row has no text (a missing id,
-    a second row of one id, nothing to ask about, a request that failed); missing elsewhere. Every row comes back once.
-    Up to 2,000 rows are done in this process, more on Ray.
-    workspace: a folder to keep, so that a call that was cut short goes on from there and rows asked about before are
-    not asked again; by default a temporary one, and Ray must then be of this machine.
-    Raises SchemaError for a frame without the columns it needs, or a bad row of `items` or `interactions`.
+    quality: "ok", or the names of the quality rules that flagged the text. error: the reason for a missing text
+    (missing id, duplicate id, empty prompt, failed request); missing elsewhere. Every row is returned once. Up to 2,000
+    rows run in this process, more on Ray. workspace: a folder to keep, so an interrupted call resumes there and
+    finished rows are not generated again; by default a temporary folder, which needs Ray on this machine. Raises
+    SchemaError for a frame without its required columns, or a bad row of `items` or `interactions`.
 
     >>> import owlrec
     >>> import pandas as pd
@@ -238,7 +211,7 @@ def write_texts(
             store = Workspace(fspath(place))
             _write_tables(store, recipe, kind, rows, items, interactions)
             answers = _generate(store, recipe, kind)
-    silence = _Answer(None, error=f"NoBehavior: the interactions hold nothing that this {kind} took")
+    silence = _Answer(None, error=f"NoBehavior: the interactions have nothing that this {kind} took")
     results = [
         _Answer(None, error=rows.errors[at]) if at in rows.errors else answers.get(stable_id(raw), silence)
         for at, raw in enumerate(rows.raw)
@@ -259,22 +232,22 @@ class _Answer:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a frame: a table of those that can be asked about, and why the others cannot."""
+    """Rows of a frame: a table of the valid ones, and errors for the others."""
 
-    ids: "pd.DataFrame"  # one column, as the frame has them
-    raw: list[str]  # the same as text
-    errors: dict[int, str]  # by row
-    table: pa.Table  # of the others: raw ids under the kind's key, then texts
+    ids: "pd.DataFrame"  # one column, unchanged
+    raw: list[str]  # the ids as text
+    errors: dict[int, str]  # error by row
+    table: pa.Table  # valid rows: raw ids under the kind's key, then texts
 
 
 def _rows(frame: "pd.DataFrame", kind: Literal["item", "user"], scenario: Scenario, *, name: str) -> _Rows:
-    """Raises SchemaError where the frame lacks its id or, of items, its title."""
+    """Raises SchemaError if the frame has no id or, for items, no title."""
     key = "id" if "id" in frame.columns else f"{kind}_id"
     fields = ("title", *scenario.text_fields) if kind == "item" else scenario.profile_fields
     for column in (key, *fields[: kind == "item"]):
         if column not in frame.columns:
             held = ", ".join(map(str, frame.columns)) or "no columns"
-            raise SchemaError(f"{name}: column '{column}' is missing; it has {held}. Rename a column of the frame.")
+            raise SchemaError(f"{name}: column '{column}' is missing; the frame has {held}. Rename one.")
     named = frame[key].tolist()
     raw = [_raw_id(value) for value in named]
     errors: dict[int, str] = {}
@@ -283,7 +256,7 @@ def _rows(frame: "pd.DataFrame", kind: Literal["item", "user"], scenario: Scenar
         if not id_:
             errors[row] = f"NoId: {named[row]!r:.60} is neither a text nor an integer"
         elif id_ in seen:
-            errors[row] = f"RepeatedId: {id_} stands in an earlier row"
+            errors[row] = f"RepeatedId: {id_} is also in an earlier row"
         seen.add(id_)
     columns = {}
     for field in dict.fromkeys(fields):
@@ -296,7 +269,7 @@ def _rows(frame: "pd.DataFrame", kind: Literal["item", "user"], scenario: Scenar
 
 
 def _raw_id(value: Any) -> str:
-    """As sources read it; "" for anything but an id. Pandas makes floats of integers where one is missing."""
+    """A raw id as sources read it, or "" if invalid. Pandas turns integers into floats if one is missing."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str | int | np.integer) and not isinstance(value, bool):
@@ -306,7 +279,7 @@ def _raw_id(value: Any) -> str:
 
 
 def _cells(values: list[Any], field: str, errors: dict[int, str]) -> list[str | list[str]]:
-    """A column as texts or lists of texts, "" where there is none; `errors` gets the rows of anything else."""
+    """A column as texts or lists of texts, "" for missing values; other values add to `errors`."""
     cells: list[str | list[str]] = []
     for row, value in enumerate(values):
         try:
@@ -314,7 +287,7 @@ def _cells(values: list[Any], field: str, errors: dict[int, str]) -> list[str | 
             cells.append([_text(entry) for entry in value] if several else _text(value))
         except (TypeError, UnicodeEncodeError) as error:
             cells.append("")
-            errors.setdefault(row, f"{_ROW_ERRORS[type(error)]}: {field} holds {value!r:.60}, but text is meant")
+            errors.setdefault(row, f"{_ROW_ERRORS[type(error)]}: {field} holds {value!r:.60}, not text")
     return cells
 
 
@@ -322,7 +295,7 @@ _ROW_ERRORS = {TypeError: "WrongType", UnicodeEncodeError: "UndecodableText"}
 
 
 def _text(value: Any) -> str:
-    """Raises TypeError for anything but text or a number, UnicodeEncodeError for text that UTF-8 cannot hold."""
+    """Raises TypeError for anything but text or a number, and UnicodeEncodeError for text that UTF-8 cannot encode."""
     import pandas as pd
 
     if isinstance(value, str):
@@ -333,12 +306,12 @@ def _text(value: Any) -> str:
     if not isinstance(value, Real):
         raise TypeError
     if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))  # of a column of integers where some are missing
+        return str(int(value))  # a float from an integer column with missing values
     return "" if np.isnan(float(value)) else str(value)
 
 
 def _column(cells: Sequence[str | list[str]]) -> pa.Array:
-    """Texts, or lists of texts where one of them is a list."""
+    """Texts, or lists of texts if any value is a list."""
     if not any(isinstance(cell, list) for cell in cells):
         return pa.array(cells, pa.string())
     lists = [cell if isinstance(cell, list) else [cell] if cell else [] for cell in cells]
@@ -353,14 +326,14 @@ def _write_tables(
     items: "pd.DataFrame | None",
     interactions: "pd.DataFrame | None",
 ) -> None:
-    """What `prepare` would have written of the frames: the tables that prompts are made of."""
+    """Writes the tables that `prepare` would write, from which prompts are built."""
     earlier = finished_stage(store, "prepare")
     if earlier is not None and _FRAMES not in earlier.counts:
-        raise WorkspaceError(f"{store.root} is the workspace of a run, whose tables would be lost. Name another.")
+        raise WorkspaceError(f"{store.root} is the workspace of a run, and its tables would be lost. Use another.")
     if kind == "item":
         tables = {"items": entities_piece("items", rows.table, "frame").data}
     elif items is None or interactions is None:
-        raise SchemaError("write_texts: texts about users are made of what they did. Give items and interactions.")
+        raise SchemaError("write_texts: texts about users need their behaviors. Pass items and interactions.")
     else:
         known = _rows(items, "item", recipe.scenario, name="items")
         for row, error in sorted(known.errors.items()):
@@ -379,7 +352,7 @@ def _user_tables(recipe: Recipe, users: pa.Table, items: pa.Table, frame: "pd.Da
     try:
         raw = pa.Table.from_pandas(frame, preserve_index=False)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise SchemaError(f"interactions: a column holds values of several types ({error}). Convert it.") from None
+        raise SchemaError(f"interactions: a column has values of several types ({error}). Convert it.") from None
     if "timestamp" not in raw.column_names:
         raise missing_column(raw, "timestamp", name="interactions")
     times = to_milliseconds(raw["timestamp"], "ms", name="interactions")
@@ -402,7 +375,7 @@ def _user_tables(recipe: Recipe, users: pa.Table, items: pa.Table, frame: "pd.Da
 
 
 def _generate(store: Workspace, recipe: Recipe, kind: Literal["item", "user"]) -> dict[int, _Answer]:
-    """Has the tables' rows asked about as `owlrec run` does; the answers by id."""
+    """Generates texts for the tables' rows, like `owlrec run`; returns the answers by id."""
     job = build_job(recipe.scenario, recipe.prompts, recipe.sampling, recipe.engine, None, recipe.quality)
     inputs = table_inputs(store, (kind,))
     pending, done = pending_shards(store, job.folder, inputs)
@@ -424,7 +397,7 @@ def _generate(store: Workspace, recipe: Recipe, kind: Literal["item", "user"]) -
     return answers
 
 
-# What a recipe must say and these functions do not read.
+# Required recipe sections that these functions do not read.
 _UNREAD: Mapping[str, Any] = {
     "name": "frames",
     "scenario": "movies",
@@ -436,13 +409,13 @@ _UNREAD: Mapping[str, Any] = {
 
 
 def _engine(llm: str | EngineConfig | Mapping[str, Any], model: str | None) -> Any:
-    """The `engine` section of a recipe."""
+    """The `engine` section for a recipe."""
     if isinstance(llm, str) and llm.startswith(("http://", "https://")):
         if model is None:
-            raise RecipeError(f"llm: {llm} is a server's address. Name its model as well: model='...'.")
+            raise RecipeError(f"llm: {llm} is a server's address. Also pass its model: model='...'.")
         return {"type": "http", "base_url": llm, "model": model}
     if model is not None:
-        raise RecipeError("model: only the address of a server needs one. Name the model as llm.")
+        raise RecipeError("model: only a server's address needs it. Pass the model as llm.")
     if isinstance(llm, str):
         return {"type": "echo"} if llm == "echo" else {"type": "vllm", "model": llm}
     return llm

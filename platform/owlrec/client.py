@@ -1,11 +1,11 @@
-"""The clients: the same calls, sent by httpx, blocking or from asyncio.
+"""HTTP clients with the same calls: `Client` blocks, `AsyncClient` is for asyncio; both use httpx.
 
     from owlrec import Client
     with Client("http://127.0.0.1:8000", api_key="owl_…") as owl:
         owl.get("user", 7).text
         owl.vectors("item", [1, 2, 3]).rows
 
-Both may be used by many threads or tasks at once, and keep their connections open between calls.
+Many threads or tasks may share one client; it keeps its connections open between calls.
 """
 
 import asyncio
@@ -32,9 +32,9 @@ from owlrec.serving.schemas import (
     REQUEST_ID_HEADER,
     BatchAnswer,
     BatchGet,
-    Behaviour,
     FieldError,
     Health,
+    HistoryEntry,
     Kind,
     Mode,
     ProblemDocument,
@@ -49,20 +49,20 @@ from owlrec.serving.schemas import (
 )
 
 # ------------------------------------------------------------------------------------------------------------- exchange
-# When to ask again, without any input or output: a generator that says what to do next, and is told how it went.
+# Retry policy, without I/O: a generator that yields the next action and receives the result.
 #
-# Every call is a read, so each may be repeated. Waits double and are drawn at random (full jitter), so that clients
-# that were refused together do not come back together; a server that names a moment (Retry-After) is not asked before
-# it.
+# Every call is a read, so it can be repeated. Waits double and have full jitter, so clients that were refused
+# together do not retry together. A server that sends Retry-After is not called before that
+# time.
 
 
 T = TypeVar("T")
-# 500 too: a replica that dies under a request shows as one.
+# Includes 500: that is what a client sees when a replica dies during a request.
 ASKED_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
 
 
 class ClientError(OwlRecError):
-    """A call that brought no answer: refused, failed for good, or never sent because it is wrong."""
+    """A call without a result: refused, failed permanently, or not sent because it is invalid."""
 
     def __init__(
         self,
@@ -72,8 +72,8 @@ class ClientError(OwlRecError):
         errors: Sequence[FieldError] = (),
         request_id: str | None = None,
     ) -> None:
-        """status: of the last answer, None where there was none. errors: which fields are wrong. request_id: under
-        which the server's log has the request.
+        """status: of the last response, None if there was none. errors: invalid fields. request_id: the id of the
+        request in the server's log.
         """
         super().__init__(message)
         self.status = status
@@ -82,59 +82,59 @@ class ClientError(OwlRecError):
 
 
 class RetryPolicy(Config):
-    """How often and how long a call is tried."""
+    """Number and duration of a call's attempts."""
 
-    attempts: int = Field(4, ge=1)  # in all
-    first_wait_s: float = Field(0.1, gt=0)  # at most, before the second attempt; then twice as long each time
+    attempts: int = Field(4, ge=1)  # total
+    first_wait_s: float = Field(0.1, gt=0)  # maximum wait before the second attempt; doubles each time
     longest_wait_s: float = Field(5.0, gt=0)
-    timeout_s: float = Field(5.0, gt=0)  # of one attempt
-    total_s: float = Field(15.0, gt=0)  # of a call: attempts and waits
+    timeout_s: float = Field(5.0, gt=0)  # per attempt
+    total_s: float = Field(15.0, gt=0)  # per call: attempts and waits
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back."""
+    """A response."""
 
     status: int
-    headers: Mapping[str, str]  # keys in any case
+    headers: Mapping[str, str]  # case-insensitive keys
     body: bytes
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why nothing came back."""
+    """The reason for a missing response."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One question and how its answer is read. service: which address it goes to. extra_s: what it may take beyond
-    the policy's times, since it says itself how long an answer may take.
+    """One request and the function that reads its response. service: the application to call. extra_s: time on top of
+    the policy's limits, for requests with their own deadline.
     """
 
     method: Literal["GET", "POST"]
     path: str
     read: Callable[[Answer], T]
     service: Literal["knowledge", "rank"] = "knowledge"
-    route: str | None = None  # the path without ids, for messages; None = `path` holds none
+    route: str | None = None  # the path without ids, for messages; None if `path` has none
     body: bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     extra_s: float = 0.0
-    expected: frozenset[int] = frozenset({200})  # statuses that `read` takes
-    may_miss: bool = False  # None is read where the server says that it knows nothing of the id
+    expected: frozenset[int] = frozenset({200})  # statuses that `read` accepts
+    may_miss: bool = False  # returns None if the server has nothing for the id
 
 
 @dataclass(frozen=True)
 class Send:
-    """To do next: send the call. timeout_s: after which to give up, the whole answer read."""
+    """Next action: send the call. timeout_s: limit for the complete response."""
 
     timeout_s: float
 
 
 @dataclass(frozen=True)
 class Wait:
-    """To do next: nothing, for so long."""
+    """Next action: wait."""
 
     seconds: float
 
@@ -145,9 +145,9 @@ def exchange(
     clock: Callable[[], float] = time.monotonic,
     draw: Callable[[], float] = random.random,
 ) -> Generator[Send | Wait, Answer | Failure | None, T]:
-    """The steps of one call; a Send is answered with an Answer or a Failure, a Wait with None.
+    """Steps of one call: yields Send (receives an Answer or a Failure) and Wait (receives None).
 
-    clock: seconds; draw: a random number in [0, 1). Returns what the call reads. Raises ClientError.
+    clock: seconds; draw: a random number in [0, 1). Returns the call's result. Raises ClientError.
     """
     due = clock() + policy.total_s + call.extra_s
     attempt = 0
@@ -170,9 +170,9 @@ def exchange(
 
 
 def _refusal(call: Call[T], answer: Answer) -> ClientError:
-    """The error that an answer stands for."""
+    """The error for a response."""
     problem = _problem(answer)
-    detail = problem.detail if problem else "and nothing about it that OwlRec would say. Check the address."
+    detail = problem.detail if problem else "without a message from OwlRec. Check the address."
     request_id = answer.headers.get(REQUEST_ID_HEADER)
     message = f"{_where(call)}: {answer.status}, {detail}" + (f" (request {request_id})" if request_id else "")
     return ClientError(message, status=answer.status, errors=problem.errors if problem else (), request_id=request_id)
@@ -183,8 +183,8 @@ def _given_up(call: Call[T], outcome: Answer | Failure | None, attempts: int) ->
         error = _refusal(call, outcome)
         error.args = (f"{error}, after {attempts} attempts",)
         return error
-    reason = outcome.reason if outcome else "nothing came back"
-    return ClientError(f"{_where(call)}: {reason}, after {attempts} attempts. Does the server run at that address?")
+    reason = outcome.reason if outcome else "no response"
+    return ClientError(f"{_where(call)}: {reason}, after {attempts} attempts. Is the server running at that address?")
 
 
 def _problem(answer: Answer) -> ProblemDocument | None:
@@ -195,7 +195,7 @@ def _problem(answer: Answer) -> ProblemDocument | None:
 
 
 def _is_miss(answer: Answer) -> bool:
-    """Whether a 404 says that nothing is known of the id, rather than that there is no such path."""
+    """Whether a 404 means an unknown id rather than an unknown path."""
     problem = _problem(answer) if answer.status == 404 else None
     return problem is not None and [e.field for e in problem.errors] == ["id"]
 
@@ -205,18 +205,19 @@ def _read(call: Call[T], answer: Answer) -> T:
         return call.read(answer)
     except (ValueError, KeyError):  # a ValidationError is a ValueError
         raise ClientError(
-            f"{_where(call)}: the answer is not this version of OwlRec's. Check the address, and `owlrec.__version__`.",
+            f"{_where(call)}: the response does not match this version of OwlRec. Check the address and "
+            "`owlrec.__version__`.",
             status=answer.status,
         ) from None
 
 
 def _where(call: Call[T]) -> str:
-    """The route, without ids: errors end in logs."""
+    """The route without ids, since errors end up in logs."""
     return f"{call.method} {call.route or call.path}"
 
 
 def _retry_after_s(answer: Answer) -> float:
-    """What the header asks to wait: seconds, or a date (RFC 9110, section 10.2.3); 0 without."""
+    """Seconds to wait according to the header: seconds or a date (RFC 9110, section 10.2.3); 0 without it."""
     value = answer.headers.get("retry-after", "").strip()
     if value.isascii() and value.isdigit():
         return float(value[:9])
@@ -227,9 +228,9 @@ def _retry_after_s(answer: Answer) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------- calls
-# What can be asked of OwlRec's endpoints: each question as a Call, made and read without any input or output.
+# Calls to OwlRec's endpoints: each function builds a request and reads its response, without I/O.
 #
-# Questions are checked by the server's own schemas before they leave, so that a mistake costs no round trip.
+# The server's own schemas validate requests before they are sent, so a mistake costs no round trip.
 
 
 Ids = Sequence[int] | np.ndarray
@@ -240,7 +241,7 @@ _JSON = {"content-type": "application/json"}
 
 @dataclass(frozen=True)
 class Vectors:
-    """Vectors aligned with the ids that were asked for, all of one release."""
+    """Vectors in the order of the requested ids, all from one release."""
 
     release: str
     rows: np.ndarray  # float16 [n, d]; zeros where `mask` is False
@@ -248,10 +249,10 @@ class Vectors:
 
 
 class RankOptions(TypedDict, total=False):
-    """What a ranking may say beside its candidates; see schemas.Rank for limits and defaults."""
+    """Options of a ranking besides its candidates; see schemas.Rank for limits and defaults."""
 
     user_id: int | None
-    history: Sequence[Behaviour | dict[str, Any]] | None  # latest last, in place of what is known of the user
+    history: Sequence[HistoryEntry | dict[str, Any]] | None  # latest last; replaces the stored history
     profile: dict[str, str]
     mode: Mode
     top_k: int
@@ -262,7 +263,7 @@ class RankOptions(TypedDict, total=False):
 
 
 def get_call(kind: Kind, id: int, fields: Sequence[What]) -> Call[SingleAnswer | None]:
-    """One entity; None where nothing is known of it."""
+    """One entity, or None if unknown."""
     _validated(BatchGet, {"kind": kind, "ids": [_plain(id)], "fields": list(fields)})
     query = urlencode([("fields", one) for one in fields])
     path, route = f"/v1/knowledge/{kind}/{int(id)}?{query}", "/v1/knowledge/{kind}/{id}"
@@ -276,7 +277,7 @@ def batch_call(kind: Kind, ids: Ids, fields: Sequence[What]) -> Call[BatchAnswer
 
 
 def vectors_call(kind: Kind, ids: Ids) -> Call[Vectors]:
-    """Up to 1,000 vectors, as raw float16."""
+    """Up to 1,000 vectors as raw float16."""
     asked = _plain(ids)
     body = _json(_validated(BatchGet, {"kind": kind, "ids": asked}))
 
@@ -291,7 +292,7 @@ def vectors_call(kind: Kind, ids: Ids) -> Call[Vectors]:
 def similar_call(
     kind: Kind, id: int | None, vector: Sequence[float] | np.ndarray | None, limit: int
 ) -> Call[SimilarAnswer | None]:
-    """The entities nearest to one of them or to a vector; None where the one has no vector."""
+    """Nearest neighbors of an entity or a vector; None if the entity has no vector."""
     body = _json(_validated(Similar, {"kind": kind, "id": _plain(id), "vector": _plain(vector), "limit": limit}))
     return Call("POST", "/v1/knowledge:similar", _reader(SimilarAnswer), body=body, headers=_JSON, may_miss=True)
 
@@ -302,12 +303,12 @@ def release_call() -> Call[ReleaseAnswer]:
 
 
 def readiness_call() -> Call[Health]:
-    """Whether lookups can be answered; a server that is not ready says why."""
+    """Whether lookups are ready; if not, the response gives the reason."""
     return Call("GET", "/readyz", _reader(Health), expected=frozenset({200, 503}))
 
 
 def rank_call(candidates: Ids, options: RankOptions) -> Call[RankAnswer]:
-    """Candidates in order. It may take as long as its own deadline says."""
+    """Candidates in order. The call may take as long as its own deadline."""
     asked = _validated(Rank, {"candidates": _plain(candidates), **{k: _plain(v) for k, v in options.items()}})
     return Call(
         "POST",
@@ -325,7 +326,7 @@ def _reader(model: type[_M]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """numpy's numbers and arrays as Python's own, which is what schemas take; everything else as it is."""
+    """Converts numpy numbers and arrays to Python's, as schemas require; leaves everything else unchanged."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -334,13 +335,13 @@ def _plain(value: Any) -> Any:
 
 
 def _validated(model: type[_R], values: Mapping[str, Any]) -> _R:
-    """The request. Raises ClientError where the schema says that it is wrong."""
+    """The validated request. Raises ClientError if it violates the schema."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         errors = [_field_error(e["loc"], e["msg"]) for e in error.errors(include_input=False, include_url=False)]
-        told = f"{errors[0].field}: {errors[0].message}"
-        raise ClientError(f"{model.__name__} was not sent, for it is wrong: {told}", errors=errors) from None
+        complaint = f"{errors[0].field}: {errors[0].message}"
+        raise ClientError(f"{model.__name__} was not sent because it is invalid: {complaint}", errors=errors) from None
 
 
 def _json(asked: Request) -> bytes:
@@ -356,7 +357,7 @@ def _field_error(where: tuple[int | str, ...], message: str) -> FieldError:
 
 
 class _Addresses:
-    """What both clients are made with."""
+    """Constructor arguments of both clients."""
 
     def __init__(self, url: str, rank_url: str | None, api_key: str | None, policy: RetryPolicy | None) -> None:
         self._policy = policy or RetryPolicy()
@@ -364,7 +365,7 @@ class _Addresses:
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         for one in self._urls.values():
             if not one.startswith(("http://", "https://")):
-                raise ClientError(f"'{one}' is not an address: it must begin with http:// or https://.")
+                raise ClientError(f"'{one}' is not a valid address: it must start with http:// or https://.")
 
     def _request(self, call: Call[T]) -> dict[str, Any]:
         url = self._urls[call.service] + call.path
@@ -375,7 +376,7 @@ class _Addresses:
 
 
 class Client(_Addresses):
-    """The blocking client of a running server, a context manager that closes its connections.
+    """Blocking client for a running server, and a context manager that closes its connections.
 
     >>> import owlrec
     >>> with owlrec.Client("http://127.0.0.1:8000") as owl:  # where `owlrec serve` listens
@@ -392,22 +393,22 @@ class Client(_Addresses):
         policy: RetryPolicy | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        """url: of the knowledge application, with its route prefix if it has one. rank_url: of the ranking application,
-        where it is another. transport: in place of the network, for tests. Raises ClientError for an invalid address.
+        """url: the knowledge application, with its route prefix if it has one. rank_url: the ranking application,
+        if it has another address. transport: replaces the network in tests. Raises ClientError for an invalid address.
         """
         super().__init__(url, rank_url, api_key, policy)
         self._http = httpx.Client(transport=transport)
 
     def get(self, kind: Kind, id: int, fields: Sequence[What] = DEFAULT_FIELDS) -> SingleAnswer | None:
-        """What is known of one id, None where nothing is. Raises ClientError, as all calls do."""
+        """Knowledge about one id, or None if there is none. Raises ClientError, as all calls do."""
         return self._run(get_call(kind, id, fields))
 
     def batch_get(self, kind: Kind, ids: Ids, fields: Sequence[What] = DEFAULT_FIELDS) -> BatchAnswer:
-        """What is known of up to 1,000 ids, aligned with them and all of one release; `found` is False for a miss."""
+        """Knowledge about up to 1,000 ids, in their order and from one release; `found` is False for a miss."""
         return self._run(batch_call(kind, ids, fields))
 
     def vectors(self, kind: Kind, ids: Ids) -> Vectors:
-        """The vectors of up to 1,000 ids, aligned with them, with a mask."""
+        """Vectors of up to 1,000 ids, in their order, with a mask."""
         return self._run(vectors_call(kind, ids))
 
     def similar(
@@ -418,15 +419,15 @@ class Client(_Addresses):
         vector: Sequence[float] | np.ndarray | None = None,
         limit: int = 10,
     ) -> SimilarAnswer | None:
-        """The entities nearest to one of them or to a vector, None where the one has no vector."""
+        """Nearest neighbors of an entity or a vector; None if the entity has no vector."""
         return self._run(similar_call(kind, id, vector, limit))
 
     def current_release(self) -> ReleaseAnswer:
-        """The release that lookups are answered from."""
+        """The release that answers lookups."""
         return self._run(release_call())
 
     def readiness(self) -> Health:
-        """Whether lookups can be answered; `problem` says why not."""
+        """Whether lookups are ready; `problem` gives the reason if not."""
         return self._run(readiness_call())
 
     def rank(self, candidates: Ids, **options: Unpack[RankOptions]) -> RankAnswer:
@@ -460,7 +461,7 @@ class Client(_Addresses):
             with self._http.stream(**self._request(call), timeout=timeout_s) as response:
                 parts = []
                 for part in response.iter_bytes():
-                    if time.monotonic() > end:  # httpx's time-out is of each read: a server that trickles would pass it
+                    if time.monotonic() > end:  # httpx's time-out applies to each read, so a slow trickle would pass it
                         return _too_slow(timeout_s)
                     parts.append(part)
                 return Answer(response.status_code, response.headers, b"".join(parts))
@@ -471,7 +472,7 @@ class Client(_Addresses):
 
 
 class AsyncClient(_Addresses):
-    """The same for asyncio: an async context manager whose calls are awaited.
+    """The same client for asyncio: an async context manager whose calls are awaited.
 
     >>> import asyncio
     >>> import owlrec

@@ -1,4 +1,4 @@
-"""The base of every component's Config: frozen, and strict about keys, since a mistyped option must never be ignored
+"""The base of every component's Config: frozen, and strict about keys, since a mistyped option must never be
 silently.
 """
 
@@ -19,11 +19,11 @@ class Config(BaseModel):
 
 
 # ------------------------------------------------------------------------------------------------------------- registry
-# Components that are chosen by name, in a recipe or by an address.
+# Components selected by name, in a recipe or by an address.
 #
-# A registry holds the dotted path of each component's class and imports it when it is asked for, so that a recipe is
-# checked without torch, vLLM or Ray. A new component is one file and one line in its registry; a component of your own
-# package may write that line itself: `SOURCES["clicks"] = "my_shop.clicks.ClickLog"`.
+# A registry has the dotted path of each component's class and imports it on demand, so a recipe is
+# checked without torch, vLLM or Ray. A new component is one file and one line in its registry; your own
+# package may add the line itself: `SOURCES["clicks"] = "my_shop.clicks.ClickLog"`.
 
 
 Component = TypeVar("Component")
@@ -32,37 +32,37 @@ Component = TypeVar("Component")
 class Registry(dict[str, str], Generic[Component]):
     """Names and dotted paths of classes.
 
-    Annotates a recipe's field, too: the section's `type` then names the Config that checks it.
+    It also annotates a recipe's field: the section's `type` then selects the Config that checks it.
     """
 
     def __init__(self, what: str, paths: Mapping[str, str]) -> None:
-        """what: the noun that errors use."""
+        """what: the noun for error messages."""
         super().__init__(paths)
         self.what = what
 
     def check(self, name: str) -> str:
-        """`name`. Raises RecipeError, with the nearest valid name, where there is no such component."""
+        """Returns `name`. Raises RecipeError with the nearest valid name if it is unknown."""
         if name not in self:
             raise RecipeError(f"there is no {self.what} '{name}'.{did_you_mean(name, self)}")
         return name
 
     def load(self, name: str) -> type[Component]:
-        """The class of that name, imported only now. Raises RecipeError where there is none."""
+        """Imports and returns the class of that name. Raises RecipeError if it is unknown."""
         module, _, class_name = self[self.check(name)].rpartition(".")
-        found: type[Component] = getattr(import_module(module), class_name)
-        return found
+        component: type[Component] = getattr(import_module(module), class_name)
+        return component
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        # Dumped as what it is: the field's own class knows none of its fields.
+        # Dumped by its actual class: the field's declared class has none of its fields.
         as_it_is = core_schema.simple_ser_schema("any")
         return core_schema.no_info_before_validator_function(self._choose, handler(source), serialization=as_it_is)
 
     def _choose(self, section: Any) -> Any:
-        """A section, checked by the Config that its `type` names. What is one already, or no section, stays."""
+        """A section checked by the Config of its `type`. A Config or a missing section stays unchanged."""
         if not isinstance(section, Mapping):
             return section
         if "type" not in section:
-            raise ValueError(f"its type is missing.{did_you_mean('', self)}")
+            raise ValueError(f"the type is missing.{did_you_mean('', self)}")
         try:
             config: Any = self.load(str(section["type"]))
         except RecipeError as error:

@@ -1,8 +1,8 @@
-"""The runner: does the pending shards of a stage, in this process or on Ray Data's actor pools.
+"""The runner: runs the pending shards of a stage, in this process or on Ray Data's actor pools.
 
-A stage says how one shard is made and knows nothing of Ray, claims, retries or progress; every stage of a run is one.
+A stage makes one shard and does not handle Ray, claims, retries or progress; every stage of a run is one.
 Names of shards flow through Ray Data, never rows: a shard is claimed, read, made and written inside one worker, so the
-driver holds nothing but cards, and a worker that is killed loses no more than the shards it had in flight.
+driver holds only cards, and a killed worker loses only the shards it had in flight.
 """
 
 import asyncio
@@ -21,56 +21,56 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from owlrec.errors import DiskFullError, EngineError, OwlRecError, WorkspaceError
-from owlrec.process import dataset_rows, redirect_output
+from owlrec.machine import dataset_rows, redirect_output
 from owlrec.shards import BLOCK, LEASE_S, Artifact, Card, Claim, Claims, Shard, clear_claims, in_threads, unclaimed
 from owlrec.storage import FileEntry
 from owlrec.workspace import Workspace
 
 # -------------------------------------------------------------------------------------------------------- stage metrics
-# A stage as metrics of the Ray cluster, which every node's agent exposes to Prometheus.
+# Metrics of a stage in the Ray cluster, which every node's agent exports to Prometheus.
 #
-# `ray_owlrec_stage_rows_total{stage="generate", worker="…"}` and its kin grow shard by shard; so does the time since
-# the worker began, and what that costs where the recipe names a price.
+# `ray_owlrec_stage_rows_total{stage="generate", worker="…"}` and the other counters grow shard by shard, as do the time
+# since the worker's start and its cost, if the recipe has a price.
 
 
 _COUNTS = {
     "rows": "Rows written",
     "dead_rows": "Rows sent to the dead letters",
     "shards": "Shards finished",
-    "worker_seconds": "Time since the worker began to load its model, as of its last shard",
-    "cost": "What that time costs, in the currency of the recipe's price_per_replica_hour",
+    "worker_seconds": "Time from the start of model loading to the worker's last shard",
+    "cost": "Cost of that time, in the currency of the recipe's price_per_replica_hour",
 }
 _TAGS = ("stage", "worker")
 
 
 class StageMetrics:
-    """One worker's metrics; made inside a Ray worker."""
+    """One worker's metrics; created inside a Ray worker."""
 
     def __init__(self, stage: str, worker: str, price_per_hour: float | None = None) -> None:
-        """worker: tells workers of a cluster apart. price_per_hour: of one worker."""
+        """worker: distinguishes workers of a cluster. price_per_hour: per worker."""
         from ray.util.metrics import Counter, Gauge
 
         self._metrics: dict[str, Any] = {
             name: Counter(f"owlrec_stage_{name}", about, _TAGS) for name, about in _COUNTS.items()
         }
-        self._counts = Counter("owlrec_stage_counts", "What else shards count: tokens, flags", (*_TAGS, "count"))
-        self._in_flight = Gauge("owlrec_stage_shards_in_flight", "Shards begun and not finished", _TAGS)
+        self._counts = Counter("owlrec_stage_counts", "Other counts of shards: tokens, flags", (*_TAGS, "count"))
+        self._in_flight = Gauge("owlrec_stage_shards_in_flight", "Shards started but not finished", _TAGS)
         self._tags = {"stage": stage, "worker": worker}
         self._price_per_s = (price_per_hour or 0.0) / 3600
         self._shards, self._counted = 0, time.monotonic()
 
     def begin(self) -> None:
-        """A shard is begun."""
+        """Records the start of a shard."""
         self._shards += 1
         self._in_flight.set(self._shards, self._tags)
 
     def end(self) -> None:
-        """A shard that was begun is finished, or given up."""
+        """Records the end of a started shard, finished or given up."""
         self._shards -= 1
         self._in_flight.set(self._shards, self._tags)
 
     def update(self, card: Card) -> None:
-        """Adds a shard that this worker has finished."""
+        """Adds a shard finished by this worker."""
         now = time.monotonic()
         seconds, self._counted = now - self._counted, now
         values = {
@@ -92,26 +92,26 @@ class StageMetrics:
 
 
 _IDLE_PASSES = 3
-_POLLED = 64  # of them, at one look
-_POLL_S = 5.0  # between looks at the shards that other runs are at
-_WORKERS_LOST = 3  # over one shard, in one run: then the run ends
+_POLLED = 64  # shards checked per poll
+_POLL_S = 5.0  # interval of polls for shards claimed by other runs
+_WORKERS_LOST = 3  # workers lost on one shard in one run, after which the run stops
 _T = TypeVar("_T")
-_ATTEMPTS = 3  # at a shard that fails for a reason nobody foresaw: a connection that was cut, say
-_BLOCKS = 4096  # tasks of one Ray Data job at most: each costs its driver some kilobytes
+_ATTEMPTS = 3  # attempts at a shard with unexpected failures, such as a lost connection
+_BLOCKS = 4096  # maximum tasks of one Ray Data job: each costs its driver a few kilobytes
 _GC_THRESHOLD = (200_000, 20, 20)
 
 
 class WorkerLost(OwlRecError):
-    """The worker's process cannot go on, though another one may (a dead engine, a device out of memory)."""
+    """The worker's process cannot continue, but another one may (a dead engine, a device out of memory)."""
 
 
 class ShardTaken(OwlRecError):
-    """Another run has taken the shard over while it was being worked on; nothing was written."""
+    """Another run took over the shard during the work; nothing was written."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage made of a shard: files that are written already, and what to say of them. See Card."""
+    """Output of a stage for a shard: written files, and values for its card. See Card."""
 
     files: Mapping[str, FileEntry]  # by path relative to the artifact
     rows_in: int = 0
@@ -122,12 +122,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Work:
-    """One shard, as a stage gets it."""
+    """One shard, as passed to a stage."""
 
     artifact: Artifact
     shard: Shard
-    earlier: Card | None  # what an earlier run made of this shard from other inputs, its files whole
-    still_mine: Callable[[], bool]  # whether no other run has taken the shard over; asked before much is written
+    earlier: Card | None  # an earlier run's card from other inputs, with complete files
+    still_mine: Callable[[], bool]  # whether no other run took over the shard; checked before large writes
 
     @property
     def workspace(self) -> Workspace:
@@ -135,60 +135,60 @@ class Work:
         return self.artifact.workspace
 
     def check(self) -> None:
-        """Raises ShardTaken where another run has taken the shard over. Call it before files are replaced."""
+        """Raises ShardTaken if another run took over the shard. Call it before replacing files."""
         if not self.still_mine():
-            raise ShardTaken(f"{self.artifact.folder}: shard {self.shard.name} was taken over by another run")
+            raise ShardTaken(f"{self.artifact.folder}: shard {self.shard.name} has been taken over by another run")
 
 
 class Stage(ABC):
-    """How the shards of an artifact are made. Pickled to workers, so it holds settings, not what they load."""
+    """Makes the shards of an artifact. Pickled to workers, so it holds settings, not loaded data."""
 
     name: str
     folder: str  # of the artifact, relative to the workspace
 
     def open(self, workspace: Workspace, worker: str) -> None:  # noqa: B027 - most stages load nothing
-        """Loads what all shards need (a model, a catalog), once a worker. Raises OwlRecError where it cannot."""
+        """Loads shared data (a model, a catalog), once per worker. Raises OwlRecError if it cannot."""
 
     @abstractmethod
     def run(self, work: Work) -> Any:
         """Makes a shard and writes its files; returns a Result, or is a coroutine that does.
 
-        Raises OwlRecError for what a user must fix, which ends the run; WorkerLost where only another process can go
-        on.
+        Raises OwlRecError for errors that a user must fix, which stop the run; WorkerLost if only another process can
+        continue.
         """
 
     def close(self) -> None:  # noqa: B027
-        """Frees what `open` loaded."""
+        """Frees the data loaded by `open`."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Where and with what a stage runs."""
+    """Place and resources of a stage."""
 
-    here: bool = True  # in this process: for what takes seconds; False: on Ray Data's actors
+    here: bool = True  # in this process, for work of seconds; False: on Ray Data's actors
     min_workers: int = 1
     max_workers: int = 1
-    cpus: float = 1.0  # of one worker
+    cpus: float = 1.0  # per worker
     gpus: float = 0.0
-    in_flight: int = 1  # shards in flight in a worker
+    in_flight: int = 1  # shards in flight per worker
     lease_s: float = LEASE_S
-    price_per_hour: float | None = None  # of one worker: a metric then shows the cost
-    log_path: str | None = None  # where workers of a Ray cluster write what they and their libraries have to say
+    price_per_hour: float | None = None  # per worker: a metric then shows the cost
+    log_path: str | None = None  # log file of workers in a Ray cluster
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One call of run_stage, as its workers know it."""
+    """One call of run_stage, as seen by its workers."""
 
     workspace: Workspace
     stage: Stage
     pool: Pool
     name: str
-    again: frozenset[str] = frozenset()  # names of shards that are made again, though their card is up to date
+    again: frozenset[str] = frozenset()  # shards to repeat even with an up-to-date card
     started: float = 0.0
 
     def is_done(self, card: Card | None, inputs: str) -> bool:
-        """Whether this card ends the work on its shard."""
+        """Whether this card completes its shard."""
         if card is None or card.fingerprint != inputs:
             return False
         return card.shard not in self.again or card.finished >= self.started
@@ -205,14 +205,14 @@ class _Run:
 def pending_shards(
     workspace: Workspace, folder: str, inputs: Mapping[Shard, str]
 ) -> tuple[list[Shard], dict[str, Card]]:
-    """The shards of an artifact that are not made of these inputs yet, and the cards of the others by name.
+    """Shards of an artifact that are not yet made from these inputs, and the cards of the others by name.
 
-    inputs: a digest of what each shard is made from.
+    inputs: a digest of each shard's inputs.
     """
     kinds, many = sorted({shard.kind for shard in inputs}), len(inputs) > BLOCK
     artifact = Artifact(workspace, folder)
     done = _done(artifact.cards(*kinds, trusting=many), inputs)
-    if len(done) == len(inputs) and many:  # nothing else would look at the files of what was gathered
+    if len(done) == len(inputs) and many:  # nothing else would check the files of gathered cards
         done = _done(artifact.cards(*kinds), inputs)
     return [shard for shard in inputs if shard.name not in done], done
 
@@ -231,13 +231,13 @@ def run_stage(
     done: Mapping[str, Card] | None = None,
     again: Collection[Shard] = (),
 ) -> dict[str, Card]:
-    """Makes those of a stage's shards that are not made of these inputs yet; the cards of all, by name.
+    """Makes a stage's shards that are not yet made from these inputs; returns all cards by name.
 
-    inputs: see pending_shards. on_card: hears of each shard that is done in this run, or by another that has it.
-    done: cards that are known to be up to date; without it they are looked for. again: shards to make once more even
-    so; a stage that keeps finished rows then does the others.
-    Raises OwlRecError where a shard or a worker cannot be helped; finished shards stay, and the same call goes on from
-    there. Ray must be initialised unless the pool is here.
+    inputs: see pending_shards. on_card: called for each shard finished in this run or by another run.
+    done: cards known to be up to date; otherwise they are looked up. again: shards to repeat even
+    so; a stage that keeps finished rows then makes only the others.
+    Raises OwlRecError if a shard or a worker fails for good; finished shards stay, and the same call continues from
+    there. Ray must be initialized unless the pool is in this process.
     """
     pool = pool or Pool()
     run = _Run(workspace, stage, pool, uuid.uuid4().hex[:12], frozenset(s.name for s in again), time.time())
@@ -254,7 +254,7 @@ def run_stage(
                 on_card(card)
 
     while left:
-        # Workers start only for shards that nobody is at: what another run holds is waited for without them.
+        # Workers start only for unclaimed shards: waiting for other runs' shards needs no workers.
         free = set(unclaimed(workspace, run.claims_folder, [s.name for s in left], run.name))
         mine = [s for s in left if s.name in free]
         if mine:
@@ -264,8 +264,10 @@ def run_stage(
                     finish(card)
             idle = idle + 1 if not any(s.name in cards for s in mine) else 0
             if idle == _IDLE_PASSES:
-                where = f" {pool.log_path} says why." if pool.log_path else ""
-                raise EngineError(f"{stage.name}: {len(mine)} shards do not finish, first {mine[0].name}.{where}")
+                where = f" See {pool.log_path}." if pool.log_path else ""
+                raise EngineError(
+                    f"{stage.name}: {len(mine)} shards failed to finish, the first is {mine[0].name}.{where}"
+                )
         left = [s for s in left if s.name not in cards]
         if left:
             time.sleep(min(pool.lease_s / 4, _POLL_S))
@@ -285,13 +287,13 @@ def run_stage(
 
 
 class _Worker:
-    """One process's part in a run: the stage, opened, and the claims of the shards it is at."""
+    """One process's part in a run: the opened stage, and the claims of its shards."""
 
     def __init__(self, run: _Run) -> None:
         self.run = run
         self.name = uuid.uuid4().hex[:8]
         self.claims = Claims(run.workspace, run.name, run.pool.lease_s)
-        self.mistake: OwlRecError | None = None  # that ends the run
+        self.mistake: OwlRecError | None = None  # stops the run
         self._at_work: set[asyncio.Task[Any]] = set()
         try:
             run.stage.open(run.workspace, self.name)
@@ -299,7 +301,7 @@ class _Worker:
             self.mistake = error
 
     async def make(self, shard: Shard, inputs: str) -> Card | None:
-        """The shard's card, or None where another run is at it. Raises OwlRecError."""
+        """The shard's card, or None if another run has claimed it. Raises OwlRecError."""
         if self.mistake is not None:
             raise self.mistake
         task = asyncio.current_task()
@@ -310,7 +312,7 @@ class _Worker:
         except WorkerLost:
             raise
         except OwlRecError as error:
-            # The run ends with it: what the shards beside it would still ask for is not paid for.
+            # The run stops: remaining requests of other shards in flight are not paid for.
             self.mistake = error
             for other in self._at_work - {task}:
                 other.cancel()
@@ -329,7 +331,7 @@ class _Worker:
         except ShardTaken:
             return None
         except WorkerLost:
-            lost = True  # the claim stays, with its count of failures, for the next worker to read
+            lost = True  # the claim stays with its count of failures for the next worker
             self.claims.record_failure()
             raise
         finally:
@@ -339,11 +341,11 @@ class _Worker:
     async def _claimed(self, shard: Shard, inputs: str, claim: Claim, path: str) -> Card:
         if claim.failures >= _WORKERS_LOST:
             raise EngineError(
-                f"{self.run.stage.name}: {_WORKERS_LOST} workers have ended over shard {shard.name}. "
-                f"{self.run.pool.log_path or 'The log'} says why; run the same command again once it is fixed."
+                f"{self.run.stage.name}: {_WORKERS_LOST} workers died on shard {shard.name}. See "
+                f"{self.run.pool.log_path or 'the log'}, fix the cause, and run the same command again."
             )
         artifact = self.run.artifact
-        earlier = await asyncio.to_thread(artifact.card, shard)  # another run may have come before
+        earlier = await asyncio.to_thread(artifact.card, shard)  # another run may have been faster
         if earlier is not None and self.run.is_done(earlier, inputs):
             return earlier
         started = time.perf_counter()
@@ -375,10 +377,10 @@ class _Worker:
 
 
 async def patiently(call: Callable[[], Awaitable[_T]]) -> _T:
-    """Calls again, up to three times in all, where a store refuses something for a moment.
+    """Calls again, up to three times in total, if a store fails temporarily.
 
-    A full disk and what else a user must fix is raised at once. What is raised at last is not tried again by a caller
-    that is patient, too.
+    A full disk and other errors that a user must fix are raised at once. A caller that retries, too, does not retry
+    the final error.
     """
     for attempt in range(1, _ATTEMPTS):
         try:
@@ -396,7 +398,7 @@ async def patiently(call: Callable[[], Awaitable[_T]]) -> _T:
 
 def _make_here(run: _Run, shards: Sequence[Shard], inputs: Mapping[Shard, str]) -> Generator[Card, None, None]:
     worker = _Worker(run)
-    # In a thread of its own, since the caller's may run a loop already: a notebook's, say.
+    # In a separate thread, since the caller's may already run a loop, as in a notebook.
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name=f"stage-{run.stage.name}", daemon=True)
     thread.start()
@@ -408,7 +410,7 @@ def _make_here(run: _Run, shards: Sequence[Shard], inputs: Mapping[Shard, str]) 
         except asyncio.CancelledError:
             return worker.mistake
         except (KeyboardInterrupt, SystemExit) as stop:
-            return stop  # raised here, it would end the loop and leave the caller waiting
+            return stop  # raising here would end the loop and leave the caller waiting
 
     try:
         waiting = list(reversed(shards))
@@ -435,7 +437,7 @@ def _make_here(run: _Run, shards: Sequence[Shard], inputs: Mapping[Shard, str]) 
 
 
 class _Actor(_Worker):
-    """A worker as Ray Data calls it. What a user must fix travels to the driver as a row: raised here, it would arrive
+    """A worker for Ray Data. User errors travel to the driver as a row: raised here, they would be buried
     under pages of Ray's tracebacks.
     """
 
@@ -444,8 +446,8 @@ class _Actor(_Worker):
             redirect_output(run.pool.log_path)
         super().__init__(run)
         self.metrics = StageMetrics(run.stage.name, self.name, run.pool.price_per_hour)
-        # A shard makes some ten objects a row, all of which live until it is written: looking through them for cycles
-        # as often as Python does by default takes an eighth of a worker's own time.
+        # A shard makes about ten objects per row, which live until it is written: searching them for cycles
+        # as often as Python does by default takes an eighth of a worker's time.
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLD)
 
@@ -454,12 +456,12 @@ class _Actor(_Worker):
             row = {"card": "", "mistake": ""}
             self.metrics.begin()
             try:
-                card = await self.make(Shard.of_name(str(name)), str(inputs))
+                card = await self.make(Shard.from_name(str(name)), str(inputs))
                 row["card"] = card.model_dump_json() if card else ""
                 if card and card.worker == self.name:
                     self.metrics.update(card)
             except WorkerLost:
-                # Only a new process surely frees a device's memory; Ray starts one and hands it this shard again.
+                # Only a new process reliably frees a device's memory; Ray starts one and assigns it this shard again.
                 traceback.print_exc()
                 os._exit(1)
             except OwlRecError as error:
@@ -476,14 +478,14 @@ class _Actor(_Worker):
 
 
 def _make_on_ray(run: _Run, shards: Sequence[Shard], inputs: Mapping[Shard, str]) -> Generator[Card, None, None]:
-    import ray  # here, since recipes load modules that import this one, and Ray takes a second
+    import ray  # here, since every recipe imports this module, and Ray takes a second
 
     pool = run.pool
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = False
-    # A large model may load for longer than the default half hour without a finished shard.
+    # A large model may take longer to load than the default half hour without a finished shard.
     context.execution_no_progress_timeout_s = 6 * 3600
-    # On spot machines a worker may well die while it loads; by default the first such death ends the job.
+    # On spot machines a worker may die while loading; by default the first such death ends the job.
     context.max_consecutive_actor_init_deaths = 3
     rows = [{"shard": shard.name, "inputs": inputs[shard]} for shard in shards]
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), _BLOCKS)).map_batches(
@@ -494,7 +496,7 @@ def _make_on_ray(run: _Run, shards: Sequence[Shard], inputs: Mapping[Shard, str]
         compute=ray.data.ActorPoolStrategy(
             min_size=min(pool.min_workers, len(shards)),
             max_size=max(pool.min_workers, pool.max_workers),
-            # Ray Data adds an actor where more tasks than 1.75 times what runs at once wait for one.
+            # Ray Data adds an actor if more tasks than 1.75 times its concurrency wait for one.
             max_tasks_in_flight_per_actor=2 * pool.in_flight,
             max_concurrent_calls_per_actor=pool.in_flight,
         ),

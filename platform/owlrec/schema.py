@@ -1,32 +1,19 @@
-"""The tables that stages exchange, as Arrow schemas, and the checks that guard them.
+"""The tables that stages exchange, as Arrow schemas, with their validation.
 
-Every arrow of the design is one of these tables on disk, never an object in memory. Ids are int64 throughout: 10^8 of
-them sort and join as one 0.8 GB array, where strings cost several times that in each process. Raw string ids are
-hashed by `stable_id`; the raw id stays in the table and a collision is an error at ingest.
+Stages exchange only these tables on disk, never objects in memory. Ids are int64 throughout: 10^8 of
+them sort and join as one 0.8 GB array, while strings cost several times that in each process. Raw string ids are
+hashed by `ids.stable_id`; the raw id stays in the table and a collision is an error at ingest.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.errors import SchemaError
-from owlrec.ordered import last_rows
-
-Kind = Literal["user", "item", "cohort"]  # what a text or a vector is about
-KINDS: tuple[Kind, ...] = get_args(Kind)
-TABLES: dict[Kind, str] = {"user": "users", "item": "items"}  # of each kind that has one
-# By the hash of whose id each table's rows are sharded.
-TABLE_KINDS: dict[str, Kind] = {
-    "users": "user",
-    "items": "item",
-    "interactions": "user",
-    "histories": "user",
-    "samples": "user",
-}
+from owlrec.ids import last_rows, stable_id
 
 USERS = pa.schema([("user_id", pa.int64()), ("raw_id", pa.string())])  # then one string column a profile field
 ITEMS = pa.schema([("item_id", pa.int64()), ("raw_id", pa.string()), ("title", pa.string())])  # then attributes
@@ -34,26 +21,26 @@ INTERACTIONS = pa.schema(
     [
         ("user_id", pa.int64()),
         ("item_id", pa.int64()),
-        ("rating", pa.float32()),  # a grade, or how often; null: none
+        ("rating", pa.float32()),  # a grade or a count; null: none
         ("timestamp", pa.int64()),
-        ("label", pa.float32()),  # what models learn, in [0, 1]; see sources.outcomes for what was taken or passed over
-        ("split", pa.int8()),  # a predefined one: its place among train, valid and test; null where the source has none
-        ("weight", pa.float32()),  # of its samples in training; 1 where the source has none
+        ("label", pa.float32()),  # training label, in [0, 1]; see sources.outcomes for taken and passed-over items
+        ("split", pa.int8()),  # predefined split: index into train, valid, test; null if the source has none
+        ("weight", pa.float32()),  # of its samples in training; 1 if the source has none
     ]
 )
-# What the LLM reads of each user for one text, and up to which moment that reaches: a row per text, in order of user
-# and as_of, written by the sample builder, read by the prompts.
+# Behaviors that the LLM reads for each text about a user, and their cutoff: one row per text, in order of user
+# and as_of, written by the sample builder and read by the prompts.
 HISTORIES = pa.schema(
     [
         ("user_id", pa.int64()),
         ("as_of", pa.int64()),
-        ("items", pa.list_(pa.int64())),  # that they took, oldest first
+        ("items", pa.list_(pa.int64())),  # taken by the user, oldest first
         ("ratings", pa.list_(pa.float32())),  # aligned with items
-        ("passed", pa.list_(pa.int64())),  # the last that they passed over up to then, oldest first
+        ("passed", pa.list_(pa.int64())),  # latest ones passed over up to then, oldest first
     ]
 )
-# A sample may read any row whose as_of is strictly earlier than its timestamp; `newest` gives what is published.
-# What readers of samples get (sources.splits.read_samples): on disk a sample's history is where it stands among the
+# A sample may read any row whose as_of is strictly earlier than its timestamp; `newest` returns the published rows.
+# Readers of samples get this form (sources.splits.read_samples). On disk a sample's history is a position among the
 # rows of its shard of interactions (SAMPLE_ROWS).
 SAMPLES = pa.schema(
     [
@@ -75,38 +62,36 @@ SAMPLE_ROWS = pa.schema(
         INTERACTIONS.field("weight"),
     ]
 )
-# What the LLM makes of pairs of user and item at a moment: its probability of Yes.
+# The LLM's probability of Yes for pairs of user and item at a moment.
 SOFT_LABELS = pa.schema(
     [("user_id", pa.int64()), ("item_id", pa.int64()), ("timestamp", pa.int64()), ("p", pa.float32())]
 )
-# Who is like whom, as of each moment that a text is of. A user may stand in two rows for one: by what they liked, and
-# by what they disliked.
+# Cohorts of each id, as of each text's moment. A user may have two rows for a moment: one by likes and
+# one by dislikes.
 COHORTS = pa.schema(
     [
         ("kind", pa.string()),  # user or item
         ("id", pa.int64()),
-        ("as_of", pa.int64()),  # ms: what it follows from knows nothing later; 0 for items and where attributes decide
-        ("cohort", pa.string()),  # its name; `stable_id` of it is the id of its knowledge
-        ("facet", pa.string()),  # of users: liked or disliked; of items: ""
+        ("as_of", pa.int64()),  # ms: cutoff of its inputs; 0 for items and attribute groups
+        ("cohort", pa.string()),  # its name; `stable_id` of the name is the id of its knowledge
+        ("facet", pa.string()),  # for users: liked or disliked; for items: ""
         ("source", pa.string()),  # collaborative, attribute or global
-        ("distance", pa.float32()),  # 1 - cosine to the cohort's centre; null where it has none
+        ("distance", pa.float32()),  # 1 - cosine to the cohort's center; null without one
     ]
 )
-# Whose texts stand in for an id that has none of its own, as a release holds it: the cohort that tells most first; one
-# by what a user disliked as the complement of its id (cohorts.memberships.by_facet).
+# Cohorts whose texts replace a missing text of an id, in a release: the most informative first; one
+# by dislikes as the complement of its id (releases.format.by_facet).
 MEMBERSHIPS = pa.schema([("kind", pa.string()), ("id", pa.int64()), ("cohorts", pa.list_(pa.int64()))])
-# The last that a user did, as a release keeps it for scores: aligned lists, oldest first.
+# A user's latest behaviors in a release, for scores: aligned lists, oldest first.
 BEHAVIORS = pa.schema(
     [
         ("id", pa.int64()),
         ("times", pa.list_(pa.int64())),  # ms since 1970, UTC
         ("items", pa.list_(pa.int64())),
-        ("ratings", pa.list_(pa.float32())),  # null where not graded
+        ("ratings", pa.list_(pa.float32())),  # null if not graded
         ("labels", pa.list_(pa.float32())),
     ]
 )
-# One of them in memory; NaN: not graded.
-BEHAVIOR = np.dtype([("time", "<i8"), ("item", "<i8"), ("rating", "<f4"), ("label", "<f4")])
 # Prompts that were made before the shard that asks them: of cohorts, and of a refresh.
 PROMPTS = pa.schema(
     [
@@ -115,8 +100,8 @@ PROMPTS = pa.schema(
         ("as_of", pa.int64()),
         ("system", pa.string()),
         ("text", pa.string()),
-        ("facts", pa.string()),  # in a sentence: what stands in for an answer that cannot be used
-        ("earlier_tokens", pa.int32()),  # above 0: how much it quotes of the answer to the id's prompt before it
+        ("facts", pa.string()),  # as a sentence: replaces an unusable answer
+        ("earlier_tokens", pa.int32()),  # above 0: quoted tokens of the answer to the id's previous prompt
     ]
 )
 KNOWLEDGE = pa.schema(
@@ -151,13 +136,13 @@ DEAD_LETTERS = pa.schema(
 
 
 def vectors_schema(dim: int) -> pa.Schema:
-    """Arrow schema of a vectors table whose vectors have `dim` components."""
+    """Arrow schema of a vectors table with `dim` components."""
     return pa.schema(
         [
             ("kind", pa.string()),
             ("id", pa.int64()),
             ("vector", pa.list_(pa.float16(), dim)),
-            ("codes", pa.list_(pa.uint16())),  # semantic ids; empty where none were computed
+            ("codes", pa.list_(pa.uint16())),  # semantic ids; empty if none were computed
         ]
     )
 
@@ -165,7 +150,7 @@ def vectors_schema(dim: int) -> pa.Schema:
 def vectors_table(kind: str | Sequence[str], ids: np.ndarray, vectors: np.ndarray) -> pa.Table:
     """A vectors table (vectors_schema) without codes.
 
-    kind: of all rows, or of each; ids: int64 [n]; vectors: float [n, dim].
+    kind: of all rows, or per row; ids: int64 [n]; vectors: float [n, dim].
     """
     n, dim = vectors.shape
     flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float16).reshape(-1))
@@ -179,23 +164,13 @@ def vectors_table(kind: str | Sequence[str], ids: np.ndarray, vectors: np.ndarra
 
 
 def vector_matrix(table: pa.Table) -> np.ndarray:
-    """The vectors of a vectors table, float16 [n, dim]."""
+    """Vectors of a vectors table, float16 [n, dim]."""
     column = table["vector"].combine_chunks()
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
 
 
-def stable_id(raw: str) -> int:
-    """The int64 id of a raw id: a canonical decimal integer stays itself, any other text is hashed (BLAKE2b, 63
-    bits).
-    """
-    raw = str(raw)
-    if raw.isascii() and raw.isdigit() and len(raw) <= 18 and (raw == "0" or raw[0] != "0"):
-        return int(raw)
-    return int.from_bytes(hashlib.blake2b(raw.encode(), digest_size=8).digest(), "big") >> 1
-
-
 def stable_ids(raw: pa.Array) -> np.ndarray:
-    """`stable_id` of each raw id, without a Python call for those that are canonical integers.
+    """`stable_id` of each raw id, without a Python call for canonical integers.
 
     raw: distinct integers or strings, without nulls. Returns int64 [n].
     """
@@ -212,61 +187,8 @@ def stable_ids(raw: pa.Array) -> np.ndarray:
     return values
 
 
-def as_ids(names: Iterable[int | str]) -> np.ndarray:
-    """The int64 ids [n] that callers mean: a text is a raw id (`stable_id`), an integer an int64 id as tables hold it.
-
-    names: a sequence, an array or a pandas Series. Raises SchemaError for what is neither text nor integer.
-    """
-    if isinstance(names, str | bytes):
-        raise SchemaError(f"ids: {names!r} is one id where several are meant. Write [{names!r}].")
-    kind = getattr(getattr(names, "dtype", None), "kind", "")
-    if kind in ("i", "u"):
-        return np.asarray(names, dtype=np.int64)
-    ids = []
-    for row, name in enumerate(names):
-        if isinstance(name, str):
-            ids.append(stable_id(name))
-        elif isinstance(name, int | np.integer) and not isinstance(name, bool):
-            ids.append(int(name))
-        else:
-            raise SchemaError(
-                f"ids, row {row}: {name!r} is neither a text nor an integer. Convert it, or drop the row."
-            )
-    return np.array(ids, dtype=np.int64)
-
-
-def shard_of(ids: np.ndarray, n_shards: int) -> np.ndarray:
-    """Which of `n_shards` shards each id belongs to.
-
-    ids: int64 [n]. Returns int64 [n] in [0, n_shards). A multiplicative hash (splitmix64's finaliser), so that ids
-    which share a stride still spread evenly.
-    """
-    x = np.asarray(ids, dtype=np.int64).astype(np.uint64)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return (x % np.uint64(n_shards)).astype(np.int64)
-
-
-def hash_of(*keys: int | np.ndarray) -> np.ndarray:
-    """A hash of aligned keys (int64 [n] each) and numbers, int64 [n] in [0, 2^62): a draw that hangs on a row alone."""
-    mixed = np.zeros(1, dtype=np.int64)
-    for key in keys:
-        mixed = shard_of(mixed ^ np.asarray(key, dtype=np.int64), 1 << 62)
-    return mixed
-
-
-def by_shard(ids: np.ndarray, n_shards: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Each shard that some of `ids` (int64 [n]) belong to, and the positions of those."""
-    numbers = shard_of(ids, n_shards)
-    order = np.argsort(numbers, kind="stable")
-    starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
-    for at in np.split(order, starts[1:]) if len(ids) else ():
-        yield int(numbers[at[0]]), at
-
-
 def newest(table: pa.Table, key: str = "id") -> pa.Table:
-    """Of rows in order of an id and as_of, those with the last as_of of their id; all where the table has no as_of."""
+    """Rows with the last as_of of their id, from rows in order of id and as_of; all rows without an as_of column."""
     if "as_of" not in table.column_names:
         return table
     ids, as_of = table[key].to_numpy(), table["as_of"].to_numpy()
@@ -277,9 +199,9 @@ def newest(table: pa.Table, key: str = "id") -> pa.Table:
 
 
 def conform(table: pa.Table, schema: pa.Schema, *, name: str, first_row: int = 0) -> pa.Table:
-    """`table` with the columns of `schema` first, in order and of its types, and its further columns after them.
+    """`table` with the columns of `schema` first, in its order and types, followed by all other columns.
 
-    name: what to call the table in errors (a file path, usually); first_row: of the table, in that file.
+    name: name of the table in errors (usually a file path); first_row: of the table, in that file.
     Raises SchemaError for a missing column or a value that does not convert.
     """
     columns: list[pa.ChunkedArray] = []
@@ -295,7 +217,7 @@ def conform(table: pa.Table, schema: pa.Schema, *, name: str, first_row: int = 0
 
 
 def missing_column(table: pa.Table, column: str, *, name: str, section: str = "source.columns") -> SchemaError:
-    """The error of a table that lacks a column. name: see conform; section: of the recipe, that maps its columns."""
+    """Error for a missing column. name: see conform; section: of the recipe, that maps its columns."""
     return SchemaError(
         f"{name}: column '{column}' is missing; the table has {', '.join(table.column_names) or 'no columns'}. "
         f"Rename a column, or map one to it under {section} in the recipe."
@@ -308,8 +230,8 @@ def _cast(column: pa.ChunkedArray, field: pa.Field, name: str, first_row: int) -
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         where, value = _first_bad(column, field.type)
         raise SchemaError(
-            f"{name}, row {first_row + where}: column '{field.name}' holds {value!r}, which is no {field.type} "
-            f"({error}). Correct the value or drop the row."
+            f"{name}, row {first_row + where}: column '{field.name}' holds {value!r}, which is not a valid "
+            f"{field.type} ({error}). Correct the value or drop the row."
         ) from None
 
 
@@ -322,21 +244,21 @@ def _first_bad(column: pa.ChunkedArray, type_: pa.DataType) -> tuple[int, Any]:
     return -1, None
 
 
-# From March 1973 to November 2286; in seconds, micro- or nanoseconds no real behaviour log lies between these numbers.
+# From March 1973 to November 2286; in seconds, micro- or nanoseconds no real behavior log is in this range.
 MILLISECONDS = range(10**11, 10**13 + 1)
 
 
 def check_milliseconds(timestamps: pa.ChunkedArray, *, name: str, first_row: int = 0) -> None:
-    """Refuses timestamps that can only be seconds (or smaller) where milliseconds since 1970, UTC, are meant."""
+    """Refuses timestamps that can only be in seconds or smaller units instead of milliseconds since 1970, UTC."""
     largest = pc.max(timestamps).as_py()
     if largest is not None and largest < MILLISECONDS.start:
         row = first_row + pc.index(timestamps, largest).as_py()
         raise SchemaError(
-            f"{name}, row {row}: timestamp {largest} looks like seconds, but milliseconds since 1970 (UTC) are meant. "
-            f"Multiply by 1000, or set source.timestamp_unit: s in the recipe."
+            f"{name}, row {row}: timestamp {largest} looks like seconds, but must be milliseconds since 1970 "
+            "(UTC). Multiply by 1000, or set source.timestamp_unit: s in the recipe."
         )
     if largest is not None and largest >= MILLISECONDS.stop:
         raise SchemaError(
-            f"{name}: timestamp {largest} looks like micro- or nanoseconds, but milliseconds since 1970 (UTC) are "
-            "meant. Set source.timestamp_unit: us or ns in the recipe."
+            f"{name}: timestamp {largest} looks like micro- or nanoseconds, but must be milliseconds since "
+            "1970 (UTC). Set source.timestamp_unit: us or ns in the recipe."
         )

@@ -1,10 +1,10 @@
-"""Shards and the cards that say what is done.
+"""Shards and the cards that mark finished ones.
 
-An artifact is a folder whose files are made shard by shard; a shard's card is written last, so that "the card exists"
-means "the shard is done, and these are its files". A card counts only while its files are there with the size and e_tag
-it names; bytes are hashed again only where the e_tag differs (a workspace that was copied). Of 10^5 shards nobody reads
-10^5 cards: they lie in folders of a thousand, and a finished thousand is gathered into one file, which the listing of
-its folder shows to be up to date.
+An artifact is a folder whose files are made shard by shard; a shard's card is written last, so "the card exists"
+means "the shard is done, and these are its files". A card is valid only while its files have the size and e_tag
+it records; contents are hashed again only if the e_tag differs (a copied workspace). For 10^5 shards nothing reads
+10^5 cards: they are in folders of a thousand, and a finished thousand is gathered into one file, which a listing of
+its folder confirms to be up to date.
 """
 
 import json
@@ -27,18 +27,18 @@ from owlrec.errors import WorkspaceError
 from owlrec.storage import Entry, FileEntry, Storage
 from owlrec.workspace import Workspace, shard_file
 
-BLOCK = 1000  # shards whose cards lie in one folder
-GATHERED = 64  # so many cards of a folder, or more, are gathered in one file
-_READERS = 16  # threads: on an object store each waits for its answer most of the time
+BLOCK = 1000  # cards per folder
+GATHERED = 64  # minimum number of a folder's cards to gather them in one file
+_READERS = 16  # threads: on an object store each mostly waits
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
 @dataclass(frozen=True, order=True)
 class Shard:
-    """One shard of an artifact: the rows of a kind whose ids hash to a number."""
+    """One shard of an artifact: the rows of a kind with the same hash number."""
 
-    kind: str  # user, item, cohort, or what else an artifact's shards are of
+    kind: str  # user, item, cohort, or another kind of shard
     number: int
 
     @property
@@ -47,28 +47,28 @@ class Shard:
         return f"{self.kind}/{self.number:08d}"
 
     def file(self, suffix: str = ".parquet") -> str:
-        """Its file's path relative to the artifact, where one file is all it has."""
+        """Path of its file relative to the artifact, if it has only one file."""
         return f"{self.kind}/{shard_file(self.number, suffix)}"
 
     @classmethod
-    def of_name(cls, name: str) -> "Shard":
-        """The shard of a name."""
+    def from_name(cls, name: str) -> "Shard":
+        """The shard with a name."""
         kind, _, number = name.rpartition("/")
         return cls(kind, int(number))
 
 
 class Card(BaseModel):
-    """What a finished shard leaves behind, or a finished stage. rows_in == rows_out + rows_dead for rows of tables."""
+    """Record of a finished shard or a finished stage. rows_in == rows_out + rows_dead for rows of tables."""
 
     stage: str
-    shard: str = ""  # its name; "" of a whole stage
-    fingerprint: str  # of what it was made from
+    shard: str = ""  # its name; "" for a whole stage
+    fingerprint: str  # of its inputs
     files: dict[str, FileEntry] = {}  # by path relative to the artifact
     rows_in: int = 0
     rows_out: int = 0
     rows_dead: int = 0
     counts: dict[str, float | int | str] = {}
-    outputs: dict[str, str] = {}  # of a stage: what it made -> path relative to the workspace
+    outputs: dict[str, str] = {}  # for a stage: output -> path relative to the workspace
     seconds: float = 0
     finished: float = 0  # seconds since 1970
     worker: str = ""
@@ -86,18 +86,18 @@ class Artifact:
         return "/".join([self.folder, *parts])
 
     def card(self, shard: Shard) -> Card | None:
-        """The shard's card, whatever it was made from, if its files are whole."""
+        """The shard's card, from any inputs, if its files are complete."""
         card = self._read(self._file(shard))
         if card is None:
             return None
         return self._whole(card, {path: self.workspace.entry(self.path(path)) for path in card.files})
 
     def cards(self, *kinds: str, trusting: bool = False) -> dict[str, Card]:
-        """The cards of all shards (of some kinds) whose files are whole, by name, in order: each folder of a thousand
-        is listed once, and read as one file where it was gathered.
+        """Cards of all shards (of some kinds) with complete files, by name, in order: each folder of a thousand
+        is listed once, and read as one file if it was gathered.
 
-        trusting: on an object store, where no file is cut off, files of folders that were gathered are not looked for.
-        Who trusts must look at the end: see runner.run_stage.
+        trusting: on an object store, which never has truncated files, files of gathered folders are not checked.
+        The caller must then check at the end: see runner.run_stage.
         """
         chosen = [kind for kind in self.workspace.names(self.folder, "cards") if not kinds or kind in kinds]
         blocks = [f"{kind}/{name}" for kind in chosen for name in self.workspace.names(self.folder, "cards", kind)]
@@ -112,7 +112,7 @@ class Artifact:
         return {card.shard: card for card in whole if card is not None}
 
     def _listed(self, paths: set[str]) -> dict[str, Entry]:
-        """Size and e_tag of files of the artifact: one by one where they are few, by their folders else."""
+        """Size and e_tag of files of the artifact: one by one if there are few, otherwise by folder."""
         if len(paths) < BLOCK and not self.workspace.local:
             order = sorted(paths)
             entries = in_threads(lambda path: self.workspace.entry(self.path(path)), order)
@@ -128,22 +128,22 @@ class Artifact:
         return listed
 
     def finish(self, card: Card) -> None:
-        """Writes a shard's card. Call it last: what the card lists must exist by then."""
-        _write_card(self.workspace, self._file(Shard.of_name(card.shard)), card)
+        """Writes a shard's card. Call it last: the listed files must exist by then."""
+        _write_card(self.workspace, self._file(Shard.from_name(card.shard)), card)
 
     def forget(self, shard: Shard) -> None:
-        """Removes a shard's card: its files are no longer what it says, or it has left the artifact."""
+        """Removes a shard's card, because its files have changed or it has left the artifact."""
         self.workspace.delete_file(self._file(shard))
 
     def gather(self, made: Iterable[str]) -> None:
-        """Gathers the cards of each folder into one file, of those folders that hold some of the shards `made`."""
-        for block in sorted({_block(Shard.of_name(name)) for name in made}):
+        """Gathers the cards of each folder with some of the shards `made` into one file."""
+        for block in sorted({_block(Shard.from_name(name)) for name in made}):
             listed = self.workspace.entries(self.folder, "cards", block)
             if len(listed) < GATHERED:
                 continue
             if {tag for tag, _ in self._read_gathered(block)} == {entry.e_tag for entry in listed.values()}:
                 continue
-            # Read again, each with its e_tag: another run may have written one since.
+            # Read again with their e_tags: another run may have written one since.
             read = in_threads(self.workspace.read_tagged, [self.path("cards", block, name) for name in listed])
             lines = [json.dumps({"e_tag": e_tag, "card": json.loads(data)}) for data, e_tag in read]
             self.workspace.write_bytes(self.path("gathered", f"{block}.jsonl"), "\n".join(lines).encode())
@@ -154,11 +154,11 @@ class Artifact:
     def _read(self, path: str) -> Card | None:
         try:
             return Card.model_validate_json(self.workspace.read_bytes(path))
-        except (WorkspaceError, ValidationError):  # absent, or cut off in the middle
+        except (WorkspaceError, ValidationError):  # missing or truncated
             return None
 
     def _read_block(self, block: str) -> tuple[list[Card], bool]:
-        """The cards of a folder, and whether all stand in its gathered file."""
+        """Cards of a folder, and whether all of them are in its gathered file."""
         listed = self.workspace.entries(self.folder, "cards", block)
         gathered: dict[str, Card] = {}
         if len(listed) >= GATHERED:
@@ -200,7 +200,7 @@ def _block(shard: Shard) -> str:
 
 
 def in_threads(work: Callable[[_T], _R], values: Sequence[_T]) -> list[_R]:
-    """`work` of each value, in their order; several wait for their answers at once."""
+    """Applies `work` to each value, in order, in several threads."""
     if len(values) < 2:
         return [work(value) for value in values]
     with ThreadPoolExecutor(_READERS) as pool:
@@ -211,7 +211,7 @@ def in_threads(work: Callable[[_T], _R], values: Sequence[_T]) -> list[_R]:
 
 
 class Stopwatch:
-    """Wall-clock seconds since it was made."""
+    """Wall-clock seconds since its creation."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -223,7 +223,7 @@ class Stopwatch:
 
 
 def finished_stage(workspace: Workspace, stage: str, expected: str | None = None) -> Card | None:
-    """The card of `stage` if it has finished, under this fingerprint where one is given."""
+    """The card of `stage` if it has finished, with this fingerprint if one is given."""
     path = _stage_file(stage)
     if workspace.entry(path) is None:
         return None
@@ -235,7 +235,7 @@ def finished_stage(workspace: Workspace, stage: str, expected: str | None = None
 
 
 def needed_stage(workspace: Workspace, stage: str, lacking: str) -> Card:
-    """The card of `stage`. Raises WorkspaceError, which says what is `lacking`, where it has not finished."""
+    """The card of `stage`. Raises WorkspaceError with the `lacking` output if it has not finished."""
     card = finished_stage(workspace, stage)
     if card is None:
         raise WorkspaceError(f"{workspace.root}: {lacking}. Run `{stage}` first, with the same recipe.")
@@ -243,8 +243,8 @@ def needed_stage(workspace: Workspace, stage: str, lacking: str) -> Card:
 
 
 def forget_stages(workspace: Workspace, stages: Iterable[str]) -> None:
-    """Removes cards of stages. A stage that begins forgets its own and those after it: what it leaves if it is
-    interrupted must not pass for finished, nor what was made from its earlier output for up to date.
+    """Removes cards of stages. A starting stage removes its own card and those of later stages: an interrupted
+    output must not count as finished, nor results of its earlier output as up to date.
     """
     for stage in stages:
         workspace.delete_file(_stage_file(stage))
@@ -259,7 +259,7 @@ def finish_stage(
     outputs: Mapping[str, str] | None = None,
     seconds: float = 0,
 ) -> Card:
-    """Records that a stage is done. Call it last: what it lists must exist by then."""
+    """Records that a stage is done. Call it last: its listed outputs must exist by then."""
     card = Card(
         stage=stage,
         fingerprint=fingerprint,
@@ -277,35 +277,35 @@ def _stage_file(stage: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- claims
-# Who works on which shard, when several jobs or workers share a workspace.
+# Claims on shards, for several jobs or workers in one workspace.
 #
-# A claim is a small file that only one process can create and that names its holder until a moment that a heartbeat
-# moves on. It ends with its file, with its lease, or at once where its process is seen to be gone; then anybody may
-# take it over by compare-and-swap. Shards are written whole, so two that do the same shard by mistake (a stopped
-# clock) waste its work and break nothing.
+# A claim is a small file that only one process can create. It names its holder until a time that a heartbeat
+# extends. It ends with its file, with its lease, or as soon as its process is known to be dead; then anybody may
+# take it over by compare-and-swap. Shards are written atomically, so if two processes do the same shard by mistake (a
+# stopped clock), they waste work but break nothing.
 
 
-# How long a shard stays claimed after its worker was last heard of, where nothing else tells that it is gone: a process
-# on the same host is looked up. Shorter, and a busy machine would lose what it is at.
+# Lease of a claim after its worker's last heartbeat, unless the worker is known to be dead: a process
+# on the same host is looked up. A shorter lease would take shards from a busy machine.
 LEASE_S = 120.0
-_HEARTBEATS = 4  # in one lease: three may fail before a claim is lost
+_HEARTBEATS = 4  # per lease: three may fail before a claim is lost
 _TRIES = 5
 
 
 class Claim(BaseModel):
     """The content of a claim file."""
 
-    run: str  # one run of a stage, with all its workers
+    run: str  # one run of a stage with all its workers
     host: str
     pid: int
-    born: float  # when the process started: pids are used again
+    born: float  # start time of the process: pids are reused
     expires: float  # seconds since 1970
-    failures: int = 0  # workers that died over the shard in this run, of themselves and not because a machine went
+    failures: int = 0  # workers that died on the shard in this run, without the loss of a machine
 
-    recorded: bool = False  # whether the holder's own death is among them
+    recorded: bool = False  # whether these include the holder's own death
 
     def died(self, now: float) -> bool:
-        """Whether the holder's process is gone though its machine is not: it may have died of the shard."""
+        """Whether the holder's process is dead but its machine is not: the shard may have killed it."""
         return not self.recorded and self.host == _host() and not self.alive(now)
 
     def alive(self, now: float) -> bool:
@@ -316,19 +316,19 @@ class Claim(BaseModel):
 
 
 class Claims:
-    """The claims of one process. `close` gives back what it still holds."""
+    """The claims of one process. `close` releases those still held."""
 
     def __init__(self, storage: Storage, run: str, lease_s: float = LEASE_S) -> None:
-        """run: names the run; its workers take over from each other at once, since Ray knows when one is dead."""
+        """run: names the run; its workers take over from each other at once, since Ray reports their deaths."""
         self.storage, self.run, self.lease_s = storage, run, lease_s
         self._held: dict[str, tuple[Claim, str]] = {}  # by path, with the file's e_tag
         self._lock = threading.Lock()
-        self._renewing = threading.Lock()  # a claim that is given back must not be renewed meanwhile
+        self._renewing = threading.Lock()  # a claim must not be renewed while it is released
         self._closing = threading.Event()
         self._beating: threading.Thread | None = None
 
     def claim(self, path: str) -> Claim | None:
-        """Takes what the path stands for, or None where another run is at it."""
+        """Claims the path, or returns None if another run holds it."""
         for _ in range(_TRIES):
             present, e_tag = _read(self.storage, path)
             failures = 0
@@ -346,13 +346,13 @@ class Claims:
         return None
 
     def holds(self, path: str) -> bool:
-        """Whether the claim is still this process's: a lease can be lost while a machine sleeps."""
+        """Whether the claim still belongs to this process: a lease can expire while a machine sleeps."""
         with self._lock:
             mine = self._held.get(path)
         return mine is not None and time.time() < mine[0].expires
 
     def release(self, path: str) -> None:
-        """Gives a claim back."""
+        """Releases a claim."""
         with self._renewing:
             with self._lock:
                 mine = self._held.pop(path, None)
@@ -360,14 +360,14 @@ class Claims:
                 self.storage.delete_file(path)
 
     def record_failure(self) -> None:
-        """Notes on all that this process holds that its worker died over it. The claims stay, for the next to read."""
+        """Records on all held claims that this worker died on them. The claims stay for the next worker."""
         with self._lock:
             held = dict(self._held)
         for path, (claim, e_tag) in held.items():
             self._swap(path, claim.model_copy(update={"failures": claim.failures + 1, "recorded": True}), e_tag)
 
     def close(self) -> None:
-        """Gives everything back and stops the heartbeat."""
+        """Releases all claims and stops the heartbeat."""
         self._closing.set()
         if self._beating is not None:
             self._beating.join(timeout=10)
@@ -409,15 +409,15 @@ class Claims:
         try:
             kept = self._swap(path, claim.model_copy(update={"expires": time.time() + self.lease_s}), e_tag)
         except WorkspaceError:
-            return  # a full disk or a lost connection: the next beat tries again
+            return  # a full disk or a lost connection: the next heartbeat retries
         with self._lock:
             if not kept and self._held.get(path) == mine:
                 del self._held[path]
 
 
 def unclaimed(storage: Storage, folder: str, names: Iterable[str], run: str) -> list[str]:
-    """Those of `names` in a folder of claims that no other run than `run` is at. The folder is listed once, and only
-    claims that exist are read: of 10^5 shards few are being worked on.
+    """Shards in a folder of claims that are not claimed by a run other than `run`. Lists the folder once and reads only
+    existing claims: of 10^5 shards few are in progress.
     """
     there = set(storage.entries(folder))
     now = time.time()
@@ -430,25 +430,26 @@ def unclaimed(storage: Storage, folder: str, names: Iterable[str], run: str) -> 
 
 
 def clear_claims(storage: Storage, folder: str, run: str) -> None:
-    """Gives back what a run that is over still holds in a folder: its workers may have ended without a word."""
+    """Deletes the claims of a finished run and those of dead processes: of a run whose driver was killed, nobody else
+    would. What another run holds stays. A claim is taken over before it is deleted, so two runs may clear at once.
+    """
+    claims = Claims(storage, run)
     for name in storage.entries(folder):
-        path = f"{folder}/{name}"
-        claim = _read(storage, path)[0]
-        if claim is not None and claim.run == run:
-            storage.delete_file(path)
+        claims.claim(f"{folder}/{name}")
+    claims.close()
 
 
 @contextmanager
 def claimed(storage: Storage, path: str, what: str) -> Iterator[None]:
-    """Holds a claim for the block. Raises WorkspaceError where somebody else holds it; `what` says what they do."""
+    """Holds a claim for the block. Raises WorkspaceError if another process holds it; `what` names its work."""
     claims = Claims(storage, uuid.uuid4().hex[:12])
     try:
         if claims.claim(path) is None:
             holder = _read(storage, path)[0]
             who = f"process {holder.pid} on {holder.host.split()[0]}" if holder else "another process"
             raise WorkspaceError(
-                f"{storage.root}: {what} is running already, in {who}. Wait for it, or end it and run this again; "
-                f"a claim whose process is gone ends by itself within {LEASE_S:g} s."
+                f"{storage.root}: {what} is already running in {who}. Wait for it, or stop it and run this "
+                f"again; the claim of a dead process expires within {LEASE_S:g} s."
             )
         yield
     finally:
@@ -456,15 +457,15 @@ def claimed(storage: Storage, path: str, what: str) -> Iterator[None]:
 
 
 def _read(storage: Storage, path: str) -> tuple[Claim | None, str | None]:
-    """A claim and its file's e_tag: (None, e_tag) of one that cannot be read, which holds nothing; (None, None) where
-    there is none.
+    """A claim and its file's e_tag: (None, e_tag) for an unreadable one, which counts as free; (None, None) for
+    none.
     """
     if storage.entry(path) is None:
         return None, None
     try:
         data, e_tag = storage.read_tagged(path)
     except WorkspaceError:
-        return None, None  # given back in between
+        return None, None  # released in between
     try:
         return Claim.model_validate_json(data), e_tag
     except ValidationError:
@@ -473,7 +474,7 @@ def _read(storage: Storage, path: str) -> tuple[Claim | None, str | None]:
 
 @lru_cache(maxsize=1)
 def _host() -> str:
-    """Names the machine and its process table: a container shares neither pids nor, usually, the name of its host."""
+    """Identifies the machine and its process table: a container shares neither pids nor, usually, the host name."""
     try:
         namespace = os.readlink("/proc/self/ns/pid")
     except OSError:

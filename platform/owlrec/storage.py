@@ -1,10 +1,12 @@
-"""Files under one root: a local folder, S3, Google Cloud Storage, Azure or memory, over obstore (Rust's object_store).
+"""Files under one root: a local folder, S3, Google Cloud Storage, Azure or memory, using obstore (Rust's object_store).
 
 Every write is atomic: a temporary name, fsync and a rename on a local disk, one PUT or one multipart upload elsewhere,
-so that a reader never sees half a file. `create_bytes` is put-if-absent and `swap_bytes` compare-and-swap on every
+so a reader never sees half a file. `create_bytes` is put-if-absent and `swap_bytes` is compare-and-swap on every
 store; claims, cards and pointers need nothing else. Local files are read and written without obstore, whose local store
 neither syncs nor swaps.
 """
+
+from __future__ import annotations
 
 import errno
 import fcntl
@@ -21,30 +23,31 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from owlrec.errors import DiskFullError, WorkspaceError
-from owlrec.node_cache import CachedFile, NodeCache
-from owlrec.process import cache_folder
+from owlrec.errors import DiskFullError, WorkspaceError, naming_extras
+from owlrec.machine import CachedFile, NodeCache, cache_folder
+
+if TYPE_CHECKING:
+    import pyarrow as pa  # imported where a table is read or written: a lookup needs no Arrow
+    import pyarrow.parquet as pq
 
 COMPRESSION = "zstd"
 SCHEMES = ("s3://", "s3a://", "gs://", "az://", "azure://", "abfs://", "abfss://", "adl://", "memory://")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_RANGE_BYTES = 8 << 20  # of one ranged read of many in parallel
+_RANGE_BYTES = 8 << 20  # per ranged read, several in parallel
 _RANGES_AT_ONCE = 12
-_MOST_PIECES = 9_000  # S3 takes 10,000 to a multipart upload
+_MOST_PIECES = 9_000  # S3 allows 10,000 per multipart upload
 _LEAST_PIECE = 8 << 20
 _SCRATCH_S = 2 * 86_400.0
-_MEMORY: dict[str, Any] = {}  # the stores of memory:// by name: of this process alone
+_MEMORY: dict[str, Any] = {}  # stores of memory:// by name, only in this process
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a listing says of a file. e_tag: differs whenever the content was written again."""
+    """A file in a listing. e_tag: changes whenever the file is rewritten."""
 
     bytes: int
     e_tag: str
@@ -52,14 +55,15 @@ class Entry:
 
 
 class FileEntry(BaseModel, frozen=True):
-    """A file as it was written."""
+    """A file at the time of writing."""
 
     bytes: int
     sha256: str
     e_tag: str = ""
 
     def matches(self, entry: Entry | None) -> bool | None:
-        """Whether a listed file is this one; None where only its bytes could tell (copied to another store, say)."""
+        """Whether a listed file is this one; None if only its contents could decide (such as a copy in another
+        store)."""
         if entry is None or entry.bytes != self.bytes:
             return False
         return True if entry.e_tag == self.e_tag else None
@@ -69,7 +73,7 @@ class Storage:
     """Files under one root. Paths given to its methods are relative to the root, with forward slashes."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        """root: a local path (made when written to) or a URI. Raises WorkspaceError where no store knows the URI."""
+        """root: a local path (created on write) or a URI. Raises WorkspaceError if no store supports the URI."""
         self.root = str(root)
         self.local = "://" not in self.root or self.root.startswith("file://")
         if self.local:
@@ -79,23 +83,24 @@ class Storage:
             self.base = self.root.rstrip("/")
             self._store = _open_store(self.base)
 
-    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
+    def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return type(self), (self.base,)
 
     def path(self, *parts: str) -> str:
-        """The full path or URI of a path relative to the root."""
+        """Full path or URI of a path relative to the root."""
         return "/".join([self.base, *parts])
 
     def local_path(self, *parts: str) -> Path:
-        """The path as a local one, for what only a local folder can do. Raises WorkspaceError on an object store."""
+        """The path as a local one, for operations that need a local folder. Raises WorkspaceError on an object
+        store."""
         if not self.local:
             raise WorkspaceError(
-                f"{self.root} is not a local folder, which {'/'.join(parts)} needs. Use a local workspace."
+                f"{self.root} is not a local folder, but {'/'.join(parts)} needs one. Use a local workspace."
             )
         return Path(self.path(*parts))
 
     def arrow(self, *parts: str) -> tuple[Any, str]:
-        """The place as Arrow's file systems know it: (file system, path), for libraries that take nothing else."""
+        """The location for Arrow's file systems: (file system, path), for libraries that accept nothing else."""
         import pyarrow.fs as pafs
 
         if self.local:
@@ -108,7 +113,7 @@ class Storage:
         return pafs.PyFileSystem(pafs.FSSpecHandler(store)), path
 
     def check_writable(self) -> None:
-        """Writes and removes a probe file. Raises WorkspaceError where that fails, so that no job finds out hours
+        """Writes and removes a probe file. Raises WorkspaceError if that fails, so that no job fails hours
         later.
         """
         probe = f".probe-{uuid.uuid4().hex}"
@@ -117,14 +122,14 @@ class Storage:
             self.delete_file(probe)
         except WorkspaceError as error:
             raise WorkspaceError(
-                f"workspace {self.root} is not writable: {error} Or name another place, in the recipe's `workspace` or "
+                f"workspace {self.root} is not writable: {error} Or use another workspace, in the recipe or "
                 "with --workspace."
             ) from None
 
-    # What is there
+    # Listing
 
     def entry(self, path: str) -> Entry | None:
-        """Size and e_tag of a file, None where there is none."""
+        """Size and e_tag of a file, None if it does not exist."""
         if self.local:
             try:
                 return _stat(self.path(path))
@@ -157,7 +162,7 @@ class Storage:
         return dict(sorted(listed.items()))
 
     def names(self, *folder: str) -> list[str]:
-        """The names in a folder, sorted, without hidden and temporary ones; empty where the folder does not exist."""
+        """Names in a folder, sorted, without hidden and temporary ones; empty if the folder does not exist."""
         prefix = "/".join(folder)
         if self.local:
             try:
@@ -172,7 +177,7 @@ class Storage:
         return sorted(name for path in paths if not (name := path.rstrip("/").rpartition("/")[2]).startswith("."))
 
     def exists(self, *parts: str) -> bool:
-        """Whether a file or folder is there."""
+        """Whether a file or folder exists."""
         if self.local:
             return os.path.exists(self.path(*parts))
         return self.entry("/".join(parts)) is not None or bool(self.names(*parts))
@@ -180,7 +185,7 @@ class Storage:
     # Removing
 
     def delete_file(self, path: str) -> None:
-        """Removes a file; one that is gone already is not an error."""
+        """Removes a file; a missing one is not an error."""
         if self.local:
             with suppress(FileNotFoundError, NotADirectoryError):
                 os.unlink(self.path(path))
@@ -191,7 +196,7 @@ class Storage:
             obstore.delete(self._store, path)
 
     def delete_dir(self, *parts: str) -> None:
-        """Removes a folder and all it holds, if it is there."""
+        """Removes a folder and its contents, if it exists."""
         if self.local:
             shutil.rmtree(self.path(*parts), ignore_errors=True)
             return
@@ -205,8 +210,8 @@ class Storage:
     # Writing
 
     def write_bytes(self, path: str, data: bytes) -> FileEntry:
-        """Writes a whole file atomically. Raises WorkspaceError where that fails (a full disk, say): what stood there
-        before still does.
+        """Writes a whole file atomically. On failure (such as a full disk) raises WorkspaceError and keeps the previous
+        contents.
         """
         digest = hashlib.sha256(data).hexdigest()
         if self.local:
@@ -216,26 +221,26 @@ class Storage:
         import obstore
 
         with self._explained(path, "written"):
-            # Arrow's buffers call their bytes signed, which obstore refuses.
+            # Arrow's buffers declare their bytes signed, which obstore refuses.
             view = memoryview(data).cast("B")
             result = obstore.put(self._store, path, view, chunk_size=_piece_bytes(len(view)))
         return FileEntry(bytes=len(data), sha256=digest, e_tag=result["e_tag"] or "")
 
     def create_bytes(self, path: str, data: bytes) -> bool:
-        """Put-if-absent: writes a whole file unless there is one already; whether it did. Of several callers one
-        succeeds. Raises WorkspaceError as write_bytes does.
+        """Put-if-absent: writes a whole file unless it exists; returns whether it did. Of several callers one
+        succeeds. Raises WorkspaceError like write_bytes.
         """
         return self.swap_bytes(path, data, None) is not None
 
     def swap_bytes(self, path: str, data: bytes, e_tag: str | None) -> str | None:
-        """Compare-and-swap: replaces a file that still has this e_tag (None: that does not exist). The new e_tag, None
-        where somebody else was first. Raises WorkspaceError as write_bytes does.
+        """Compare-and-swap: replaces a file that still has this e_tag (None: does not exist). Returns the new e_tag,
+        None if another process was faster. Raises WorkspaceError like write_bytes.
         """
         if self.local:
             with _written(self.path(path)):
                 if e_tag is None:
                     try:
-                        return self._install(path, data, os.link).e_tag  # unlike a rename, refuses an existing target
+                        return self._install(path, data, os.link).e_tag  # unlike a rename, fails if the target exists
                     except FileExistsError:
                         return None
                 with _locked(self.path(path)):
@@ -254,8 +259,8 @@ class Storage:
                 return None
 
     @contextmanager
-    def writer(self, path: str) -> Iterator["Writer"]:
-        """A binary file to write to that appears whole when the block ends without an error; `.entry` after it."""
+    def writer(self, path: str) -> Iterator[Writer]:
+        """A writable binary file that appears complete when the block ends without an error; `.entry` after it."""
         spool = self._temporary(path)
         try:
             with _written(str(spool)):
@@ -267,13 +272,13 @@ class Storage:
                     os.fsync(file.fileno())
             writer.entry = self.upload(spool, path, sha256=writer.sha256)
         finally:
-            with suppress(OSError):  # it is gone if all went well, and its folder may not be one
+            with suppress(OSError):  # already moved on success, or not a folder
                 spool.unlink()
 
     def upload(self, file: Path, path: str, *, sha256: str | None = None) -> FileEntry:
-        """Moves a local file of any size to its place: a rename on the same disk, else a multipart upload.
+        """Moves a local file of any size to its place: a rename on the same disk, otherwise a multipart upload.
 
-        sha256: of the file, where it is known. Raises WorkspaceError where it fails; nothing is visible then.
+        sha256: of the file, if known. Raises WorkspaceError on failure; nothing is visible then.
         """
         size = file.stat().st_size
         digest = sha256 or file_digest(file)
@@ -302,13 +307,18 @@ class Storage:
         return self.write_bytes(path, json.dumps(value, indent=2, ensure_ascii=False).encode())
 
     def write_parquet(self, path: str, table: pa.Table, *, row_group_rows: int | None = None) -> FileEntry:
-        """Writes one Parquet file (Zstandard, a checksum for each page) atomically."""
+        """Writes one Parquet file (Zstandard, with a checksum per page) atomically."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression=COMPRESSION, row_group_size=row_group_rows, write_page_checksum=True)
         return self.write_bytes(path, sink.getvalue())
 
     def write_arrow(self, path: str, batches: pa.Table | Sequence[pa.RecordBatch], schema: pa.Schema) -> FileEntry:
-        """Writes one uncompressed Arrow IPC file, which `map_arrow` maps; batches stay apart, a table becomes one."""
+        """Writes one uncompressed Arrow IPC file for `map_arrow`; batches stay separate, a table becomes one."""
+        import pyarrow as pa
+
         if isinstance(batches, pa.Table):
             batches = batches.combine_chunks().to_batches()
         sink = pa.BufferOutputStream()
@@ -318,13 +328,13 @@ class Storage:
         return self.write_bytes(path, sink.getvalue())
 
     def _install(self, path: str, data: bytes, put_in_place: Callable[[str, str], None]) -> Entry:
-        """Writes a local file under a temporary name and gives it its own: the one place where that is done."""
+        """Writes a local file under a temporary name and renames it: the only place that does this."""
         target, temporary = self.path(path), self._temporary(path)
         temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
                 file.write(data)
-                # The rename is atomic, but only durable once the bytes are: a power cut must not leave an empty
+                # The rename is atomic, but durable only once the bytes are: a power cut must not leave an empty
                 # "finished" file.
                 file.flush()
                 os.fsync(file.fileno())
@@ -342,8 +352,8 @@ class Storage:
         return Path(f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp")
 
     def scratch(self) -> Path:
-        """A new local folder to build files in, on the workspace's own disk where it is local, so that `upload` can
-        rename. Remove it when done; what a killed process left is removed after two days.
+        """A new local folder for building files, on the workspace's own disk if it is local, so `upload` can
+        rename. Remove it when done; those of killed processes are removed after two days.
         """
         base = Path(self.path(".scratch")) if self.local else cache_folder("scratch")
         for left in base.iterdir() if base.is_dir() else ():
@@ -357,11 +367,11 @@ class Storage:
     # Reading
 
     def read_bytes(self, path: str) -> bytes:
-        """A whole file. Raises WorkspaceError where it is missing."""
+        """A whole file. Raises WorkspaceError if it is missing."""
         return self.read_tagged(path)[0]
 
     def read_tagged(self, path: str) -> tuple[bytes, str]:
-        """A whole file and its e_tag, which `swap_bytes` takes. Raises WorkspaceError where it is missing."""
+        """A whole file and its e_tag for `swap_bytes`. Raises WorkspaceError if it is missing."""
         if self.local:
             try:
                 with open(self.path(path), "rb") as file:
@@ -378,7 +388,7 @@ class Storage:
                 raise self._missing(path) from None
 
     def read_range(self, path: str, start: int, length: int) -> bytes:
-        """`length` bytes of a file from `start` on. Raises WorkspaceError where the file is missing."""
+        """`length` bytes of a file from `start` on. Raises WorkspaceError if the file is missing."""
         if self.local:
             try:
                 with open(self.path(path), "rb") as file:
@@ -394,13 +404,13 @@ class Storage:
                 raise self._missing(path) from None
 
     def digest(self, path: str) -> str:
-        """SHA-256 (hex) of a file's bytes. Raises WorkspaceError where it is missing."""
+        """SHA-256 (hex) of a file's bytes. Raises WorkspaceError if it is missing."""
         if self.local and self.exists(path):
             return file_digest(self.path(path))
         return hashlib.sha256(self.read_bytes(path)).hexdigest()
 
     def read_json(self, path: str) -> Any:
-        """Reads a JSON file. Raises WorkspaceError where it is missing or not valid JSON."""
+        """Reads a JSON file. Raises WorkspaceError if it is missing or not valid JSON."""
         try:
             return json.loads(self.read_bytes(path))
         except ValueError as error:  # not JSON, or bytes that are not text
@@ -409,25 +419,31 @@ class Storage:
             ) from None
 
     def read_parquet(self, path: str, columns: list[str] | None = None) -> pa.Table:
-        """Reads one Parquet file. Raises WorkspaceError where it is missing or corrupt."""
+        """Reads one Parquet file. Raises WorkspaceError if it is missing or corrupt."""
+        import pyarrow.parquet as pq
+
         with self._readable(path):
             # ParquetFile, since read_table would add columns for folder names such as day=3.
             return pq.ParquetFile(self.open_input(path), page_checksum_verification=True).read(columns)
 
     def parquet_file(self, path: str) -> pq.ParquetFile:
-        """A Parquet file to read in pieces, by ranged reads. Raises as read_parquet."""
+        """A Parquet file for piecewise reading, by ranged reads. Raises the errors of read_parquet."""
+        import pyarrow.parquet as pq
+
         with self._readable(path):
             return pq.ParquetFile(self.open_input(path))
 
     def count_rows(self, path: str) -> int:
-        """Rows of one Parquet file, from its footer alone."""
+        """Rows of one Parquet file, from its footer."""
         return int(self.parquet_file(path).metadata.num_rows)
 
     def map_arrow(self, path: str, entry: FileEntry | None = None) -> pa.Table:
-        """An Arrow IPC file as a table without copying; from an object store through the node's cache.
+        """An Arrow IPC file as a table without copying; from an object store, through the node's cache.
 
-        entry: of the file, where its content is to be checked when it is fetched. Raises as read_parquet.
+        entry: of the file, to verify its content after fetching. Raises the errors of read_parquet.
         """
+        import pyarrow as pa
+
         with self._readable(path):
             copy = self.local_copy(path, entry)
             table = pa.ipc.open_file(pa.memory_map(str(copy.path), "r")).read_all()
@@ -435,9 +451,11 @@ class Storage:
         return table
 
     def open_input(self, path: str) -> pa.NativeFile:
-        """A file for random access: mapped from a local disk, by ranged reads elsewhere. Raises WorkspaceError where
+        """A file for random access: mapped from a local disk, by ranged reads elsewhere. Raises WorkspaceError if
         it is missing.
         """
+        import pyarrow as pa
+
         if self.local:
             try:
                 return pa.memory_map(self.path(path), "r")
@@ -451,7 +469,7 @@ class Storage:
         return pa.PythonFile(_RangedFile(self, path, entry.bytes), mode="r")
 
     def download(self, path: str, file: Path) -> None:
-        """Copies a file to a local one, by ranges in parallel. Raises WorkspaceError where it is missing, or the disk
+        """Copies a file to a local one, by ranges in parallel. Raises WorkspaceError if it is missing, or the disk
         is full.
         """
         if self.local:
@@ -472,10 +490,10 @@ class Storage:
                 pass
 
     def local_copy(self, path: str, entry: FileEntry | None = None) -> CachedFile:
-        """A file as one on this machine's disk, to be mapped: itself, or a copy in the node's cache that stays there
+        """A file on this machine's disk, for mapping: the file itself, or a copy in the node's cache that stays there
         until it is closed.
 
-        entry: see map_arrow. Raises WorkspaceError where it is missing, damaged, or the disk is full.
+        entry: see map_arrow. Raises WorkspaceError if it is missing or damaged, or the disk is full.
         """
         if self.local:
             if not os.path.exists(self.path(path)):
@@ -490,7 +508,7 @@ class Storage:
         )
 
     def copy_name(self, path: str) -> str:
-        """What the names of a file's copies in the caches of nodes begin with, whatever its content was then."""
+        """Prefix of the names of a file's copies in the caches of nodes, for all its contents."""
         return hashlib.sha256(self.path(path).encode()).hexdigest()[:32]
 
     # Errors
@@ -500,6 +518,8 @@ class Storage:
 
     @contextmanager
     def _readable(self, path: str) -> Iterator[None]:
+        import pyarrow as pa
+
         try:
             yield
         except (pa.ArrowInvalid, OSError) as error:
@@ -509,7 +529,7 @@ class Storage:
 
     @contextmanager
     def _explained(self, path: str, what: str) -> Iterator[None]:
-        """Turns an object store's errors into WorkspaceErrors that say what to check."""
+        """Converts an object store's errors to WorkspaceErrors with a remedy."""
         from obstore.exceptions import BaseError
 
         try:
@@ -519,13 +539,13 @@ class Storage:
 
 
 class Writer(io.RawIOBase):
-    """A binary file that counts and hashes what is written to it."""
+    """A binary file that counts and hashes the bytes written."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__()
         self._file, self._hash = file, hashlib.sha256()
         self.bytes = 0
-        self.entry: FileEntry | None = None  # once the file is in place
+        self.entry: FileEntry | None = None  # set once the file is in place
 
     def writable(self) -> bool:
         """See io.RawIOBase."""
@@ -540,7 +560,7 @@ class Writer(io.RawIOBase):
         return size
 
     def tell(self) -> int:
-        """Bytes written so far."""
+        """Number of bytes written."""
         return self.bytes
 
     def flush(self) -> None:
@@ -550,12 +570,12 @@ class Writer(io.RawIOBase):
 
     @property
     def sha256(self) -> str:
-        """SHA-256 (hex) of what was written so far."""
+        """SHA-256 (hex) of the bytes written."""
         return self._hash.hexdigest()
 
 
 class _RangedFile(io.RawIOBase):
-    """A remote file read by ranges, just those that are asked for."""
+    """A remote file read by ranges, only as requested."""
 
     def __init__(self, storage: Storage, path: str, size: int) -> None:
         super().__init__()
@@ -584,7 +604,7 @@ class _RangedFile(io.RawIOBase):
 
 
 def fingerprint(*parts: Any) -> str:
-    """SHA-256 (hex) over `parts`: pydantic models, paths or anything JSON can hold, independent of key order."""
+    """SHA-256 (hex) of `parts`: pydantic models, paths or any JSON values, independent of key order."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, BaseModel):
@@ -606,8 +626,9 @@ def _open_store(uri: str) -> Any:
         raise WorkspaceError(
             f"workspace {uri} cannot be opened. Use a local path or one of {', '.join(SCHEMES)}; mount other stores."
         )
-    from obstore.exceptions import BaseError
-    from obstore.store import MemoryStore, from_url
+    with naming_extras():
+        from obstore.exceptions import BaseError
+        from obstore.store import MemoryStore, from_url
 
     if uri.startswith("memory://"):
         return _MEMORY.setdefault(uri, MemoryStore())
@@ -622,7 +643,7 @@ def _open_store(uri: str) -> Any:
 
 
 def _allows_http() -> bool:
-    """Whether the environment names a server without TLS: a MinIO on the same network, a test's server."""
+    """Whether the environment names a server without TLS, such as MinIO on the same network or a test's server."""
     return any(os.environ.get(f"AWS_ENDPOINT_URL{suffix}", "").startswith("http://") for suffix in ("", "_S3"))
 
 
@@ -634,37 +655,37 @@ def _refuse(where: str, what: str, error: Exception) -> NoReturn:
     text = str(error)
     first = " ".join(text.split())[:300]
     if _is_full(error):
-        remedy = "Free some space there and run the same command again: what is finished stays."
+        remedy = "Free some space and run the same command again: finished work stays."
     elif "NoSuchBucket" in text or "bucket does not exist" in text:
-        remedy = "There is no such bucket: correct its name."
+        remedy = "The bucket does not exist: correct its name."
     elif "169.254.169.254" in text or "metadata.google.internal" in text:
         remedy = "This machine has no credentials for it: set them in the environment, or give its role access."
     elif "PermanentRedirect" in text or "AuthorizationHeaderMalformed" in text or "IllegalLocation" in text:
-        remedy = "The bucket lies in another region: set AWS_REGION to it."
+        remedy = "The bucket is in another region: set AWS_REGION to that region."
     elif "AccessDenied" in text or "403" in text:
-        remedy = "These credentials may not do that: give them access to this prefix, or name another."
+        remedy = "These credentials lack permission: grant them access to this prefix, or use other credentials."
     else:
-        remedy = "Check the bucket's name and region, and that this machine has credentials for it."
+        remedy = "Check the bucket's name and region, and this machine's credentials."
     kind = DiskFullError if _is_full(error) else WorkspaceError
     raise kind(f"{where} cannot be {what} ({type(error).__name__}: {first}). {remedy}") from error
 
 
 @contextmanager
 def _written(target: str) -> Iterator[None]:
-    """Says what to do about a local file that cannot be written."""
+    """Error with a remedy for a local file that cannot be written."""
     try:
         yield
     except OSError as error:
-        remedy = "Free some space there" if _is_full(error) else "Make it writable"
+        remedy = "Free some space" if _is_full(error) else "Make it writable"
         kind = DiskFullError if _is_full(error) else WorkspaceError
         raise kind(
-            f"{target} cannot be written ({error}). {remedy} and run the same command again: what is finished stays."
+            f"{target} cannot be written ({error}). {remedy} and run the same command again: finished work stays."
         ) from error
 
 
 @contextmanager
 def _locked(target: str) -> Iterator[None]:
-    """Keeps other processes out that swap files of the same folder. The lock goes with the process that held it."""
+    """Locks out other processes that swap files of the same folder. The lock ends with its process."""
     folder = target.rpartition("/")[0]
     os.makedirs(folder, exist_ok=True)
     with open(f"{folder}/.lock", "w") as file:
@@ -706,7 +727,7 @@ def _walk(folder: str, below: str = "") -> Iterator[tuple[str, Entry]]:
 
 
 def _piece_bytes(size: int) -> int:
-    """Bytes of each piece of a multipart upload, so that a file of any size stays below S3's 10,000 pieces."""
+    """Bytes per piece of a multipart upload, so that a file of any size stays below S3's 10,000 pieces."""
     return max(_LEAST_PIECE, -(-size // _MOST_PIECES))
 
 
@@ -719,60 +740,74 @@ def _sync(path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- pointer
-# Small files that say what is current: a release, a set of cohorts, the state of the refresh.
+# Pointers: small files that name the current release, cohorts, or refresh state.
 #
-# A pointer carries its own history, so that one write changes both, and it is only replaced by compare-and-swap: of
-# two that move it at once one is told. A HOLD beside it stops every replacement until a person lifts it.
+# A pointer contains its own history, so one write changes both, and it is replaced only by compare-and-swap: if
+# two processes move it at once, one gets an error. A HOLD next to it stops every replacement until a person lifts it.
 
 
 class PointerMoved(WorkspaceError):
-    """The pointer no longer names what its mover expected: somebody else was first."""
+    """The pointer no longer names the expected value: another process was faster."""
 
 
 class PointerHeld(WorkspaceError):
-    """A HOLD beside the pointer stops every replacement until a person lifts it."""
+    """A HOLD next to the pointer stops every replacement until a person lifts it."""
 
 
 class Hold(BaseModel):
-    """The content of a HOLD file."""
+    """Contents of a HOLD file."""
 
     reason: str
     by: str
     since: float  # seconds since 1970
 
 
-_HISTORY = 100  # moves remembered
+_HISTORY = 100  # moves in the history
 _TRIES = 20
 _ANY: Any = object()
 
 
+def pack_history(history: list[str]) -> bytes:
+    """Contents of a pointer, in a file or a Redis key. history: values, oldest first, the current one last."""
+    return json.dumps({"current": history[-1], "history": history[-_HISTORY:]}).encode()
+
+
+def unpack_history(data: bytes | str) -> list[str]:
+    """The history that `pack_history` wrote. Raises ValueError, KeyError or TypeError for anything else."""
+    content = json.loads(data)
+    history = [str(name) for name in content["history"]]
+    if not history or history[-1] != content["current"]:
+        raise ValueError("'history' does not end with 'current'")
+    return history
+
+
 @dataclass(frozen=True)
 class Pointer:
-    """A small file that names what is current and what was before, replaced by compare-and-swap only."""
+    """A small file with a current value and its history, replaced only by compare-and-swap."""
 
     storage: Storage
     path: str
 
     @property
     def current(self) -> str | None:
-        """What the pointer names; None where it was never moved."""
+        """Current value of the pointer; None if it was never moved."""
         history = self.history
         return history[-1] if history else None
 
     @property
     def history(self) -> list[str]:
-        """What was current, oldest first, the current one last. Raises WorkspaceError where it cannot be read."""
+        """Previously current values, oldest first, the current one last. Raises WorkspaceError if it is unreadable."""
         return self._read()[0]
 
     def move(self, to: str, *, expected: str | None = _ANY) -> None:
-        """Names `to`. expected: what must be current; by default anything.
+        """Moves the pointer to `to`. expected: the required current value; by default any.
 
-        Raises PointerMoved where something else is current, PointerHeld where a HOLD stands beside the pointer.
+        Raises PointerMoved if another value is current, and PointerHeld on a HOLD.
         """
         self._swap(lambda history: history if history and history[-1] == to else [*history, to], expected)
 
     def rewind(self, to: str) -> None:
-        """Names `to` again and forgets what was current after it. Raises PointerHeld as `move` does."""
+        """Moves back to `to` and drops later values from the history. Raises PointerHeld like `move`."""
 
         def back(history: list[str]) -> list[str]:
             return history[: len(history) - history[::-1].index(to)] if to in history else [*history, to]
@@ -789,18 +824,18 @@ class Pointer:
 
     @property
     def held(self) -> Hold | None:
-        """The HOLD beside the pointer, if there is one."""
+        """The HOLD next to the pointer, if there is one."""
         if self.storage.entry(self._hold) is None:
             return None
         return Hold.model_validate_json(self.storage.read_bytes(self._hold))
 
     def refuse_hold(self) -> None:
-        """Raises PointerHeld, which says by whom, when and why, where a HOLD stands beside the pointer."""
+        """Raises PointerHeld with its author, time and reason if there is a HOLD next to the pointer."""
         if hold := self.held:
             since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(hold.since))
             raise PointerHeld(
-                f"{self.storage.path(self.path)} is on HOLD since {since} by {hold.by}: {hold.reason}. It stays as it "
-                "is until the hold is lifted (`owlrec release unhold`)."
+                f"{self.storage.path(self.path)} is on HOLD since {since} by {hold.by}: {hold.reason}. It "
+                "cannot change until the hold is lifted (`owlrec release unhold`)."
             )
 
     @property
@@ -812,13 +847,11 @@ class Pointer:
             return [], None
         data, e_tag = self.storage.read_tagged(self.path)
         try:
-            content = json.loads(data)
-            history = [str(name) for name in content["history"]]
-            if not history or history[-1] != content["current"]:
-                raise ValueError("'history' does not end with 'current'")
+            history = unpack_history(data)
         except (ValueError, KeyError, TypeError) as error:
             raise WorkspaceError(
-                f"{self.storage.path(self.path)} is not a pointer ({error!r}). Delete it and name what is current."
+                f"{self.storage.path(self.path)} is not a pointer ({error!r}). Delete it and set the current "
+                "value again."
             ) from None
         return history, e_tag
 
@@ -828,12 +861,11 @@ class Pointer:
             history, e_tag = self._read()
             current = history[-1] if history else None
             if expected is not _ANY and current != expected:
-                raise PointerMoved(f"{where} names {current!r}, not {expected!r}: somebody else was first.")
+                raise PointerMoved(f"{where} names {current!r}, not {expected!r}: another process changed it first.")
             wanted = change(history)
             if wanted == history:
                 return
             self.refuse_hold()
-            content = {"current": wanted[-1], "history": wanted[-_HISTORY:]}
-            if self.storage.swap_bytes(self.path, json.dumps(content).encode(), e_tag) is not None:
+            if self.storage.swap_bytes(self.path, pack_history(wanted), e_tag) is not None:
                 return
-        raise PointerMoved(f"{where} was moved by others {_TRIES} times in a row. Try again.")
+        raise PointerMoved(f"{where} was changed by other processes {_TRIES} times in a row. Try again.")

@@ -1,21 +1,23 @@
-"""The layout of a workspace, where all artifacts of a run live:
+"""The layout of a workspace, which contains all artifacts of a run:
 
-    workspace.json                       how many shards each kind has, fixed when it is first prepared
+    workspace.json                       number of shards per kind, fixed by the first `prepare`
     tables/<name>/00000000.parquet       users, items, interactions, histories, samples
     cohorts/<fingerprint>/               memberships by shard, prompts, the model; cohorts/CURRENT names the newest
-    knowledge/<fingerprint>/<kind>/      texts by shard; dead/<kind>/ where rows died
-    vectors/<fingerprint>/<source>-<kind>/   encoded texts by shard; quantisers/ beside them
-    soft-labels/<fingerprint>/user/      an LLM's probabilities of pairs by shard; dead/user/ where rows died
+    knowledge/<fingerprint>/<kind>/      texts by shard; dead/<kind>/ for failed rows
+    vectors/<fingerprint>/<source>-<kind>/   encoded texts by shard; quantizers/ next to them
+    soft-labels/<fingerprint>/user/      an LLM's probabilities of pairs by shard; dead/user/ for failed rows
     releases/<name>/                     immutable; releases/CURRENT names the current one
-    refresh/<fingerprint>/               what a refresh is made from and leaves; refresh/CURRENT names the last
+    refresh/<fingerprint>/               inputs and results of a refresh; refresh/CURRENT names the last one
     refresh/items/                       rows of the items table that came after `prepare`
-    ctr/, pools/, reports/, logs/        trained models, retrieval pools, what people read
+    ctr/, pools/, reports/, logs/        trained models, retrieval pools, files for people
     <artifact>/cards/<kind>/00000000.json    "this shard is done" (owlrec.shards)
     stages/<stage>.json                  "this stage is done"
-    forgotten/<run>/                     who is forgotten, as keyed hashes, and what was erased (owlrec.workspace)
+    forgotten/<run>/                     forgotten users as keyed hashes, and reports of erasures (owlrec.workspace)
 
-A row's shard is the hash of its id by the number of shards of its kind, a power of two, so that more users move nobody.
+A row's shard is its id's hash modulo the number of shards of its kind, a power of two, so more users move no rows.
 """
+
+from __future__ import annotations
 
 import hashlib
 import os
@@ -24,25 +26,27 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
 from owlrec.errors import WorkspaceError
-from owlrec.schema import TABLE_KINDS, Kind, shard_of
+from owlrec.ids import TABLE_KINDS, Kind, shard_of
 from owlrec.storage import Storage, fingerprint
 
+if TYPE_CHECKING:
+    import pyarrow as pa  # imported where a table is read or written: a lookup needs no Arrow
+
 # ----------------------------------------------------------------------------------------------------------- tombstones
-# Who is forgotten: user ids as keyed hashes, which every lookup and every stage asks before it says a word.
+# Forgotten users: user ids as keyed hashes, checked by every lookup and every stage.
 #
 #     forgotten/key                    32 random bytes, made once per workspace
-#     forgotten/<run>/tombstones.bin   a record for each id of one `owlrec forget`; written first, never changed
+#     forgotten/<run>/tombstones.bin   one record per id of one `owlrec forget`; written first, never changed
 #
-# The id itself is not kept: what is stored is BLAKE2b of it under the workspace's key, beside 20 bits of a cheaper
-# hash, so that of the millions of ids in a table only one in 2^20 per tombstone is hashed in Python. Key and file
-# together tell whether a given id was forgotten, which is what they are for.
+# The id itself is not stored: the record is BLAKE2b of it under the workspace's key, plus 20 bits of a cheaper
+# hash, so of the millions of ids in a table only one in 2^20 per tombstone is hashed in Python. Key and file
+# together can show whether a given id was forgotten, which is their purpose.
 
 
 TOMBSTONES = "forgotten"
@@ -52,20 +56,20 @@ _TOMBSTONES_FILE = "tombstones.bin"
 _BUCKETS = 1 << 20
 _ONE, _TWO = struct.Struct("<q"), struct.Struct("<QQ")
 _RECORD = np.dtype([("bucket", "<u4"), ("low", "<u8"), ("high", "<u8")])
-_FEW = 16  # ids that are hashed one by one sooner than numpy has begun
-_FRESH_S = 0.5  # how long what was read is believed: a server promises two seconds
+_FEW = 16  # up to this many ids, a loop is faster than numpy
+_FRESH_S = 0.5  # lifetime of cached tombstones; a server promises two seconds
 
 
 class Tombstones:
-    """A set of user ids that can be asked, not listed."""
+    """A set of user ids that supports tests of membership but not listing."""
 
     def __init__(self, key: bytes = b"", records: np.ndarray | None = None) -> None:
-        """key: the workspace's. records: one for each id (see _records)."""
+        """key: the workspace's. records: one per id (see _records)."""
         self._key, self._records = key, np.zeros(0, _RECORD) if records is None else np.unique(records)
         self._digests = set(self._records[["low", "high"]].tolist())
         self._buckets = np.zeros(_BUCKETS if len(self._records) else 0, dtype=bool)
         self._buckets[self._records["bucket"]] = True
-        #: Changes when anybody is added; "" where nobody is forgotten.
+        #: Changes when users are added; "" if nobody is forgotten.
         self.mark = hashlib.blake2b(self._records.tobytes(), digest_size=4).hexdigest() if len(self._records) else ""
 
     def __len__(self) -> int:
@@ -75,35 +79,37 @@ class Tombstones:
         return bool(self._digests) and _digest(self._key, id_) in self._digests
 
     def among(self, ids: np.ndarray | Iterable[int]) -> np.ndarray:
-        """Which of some user ids are forgotten: bool [n]. ids: int64 [n]."""
+        """Forgotten ones among some user ids: bool [n]. ids: int64 [n]."""
         ids = np.asarray(ids, dtype=np.int64)
         if not len(self):
             return np.zeros(len(ids), dtype=bool)
         if len(ids) <= _FEW:
             return np.array([_digest(self._key, id_) in self._digests for id_ in ids.tolist()], dtype=bool)
-        found: np.ndarray = self._buckets[_bucket(self._key, ids)]
-        for at in np.flatnonzero(found).tolist():
-            found[at] = _digest(self._key, int(ids[at])) in self._digests
-        return found
+        forgotten: np.ndarray = self._buckets[_bucket(self._key, ids)]
+        for at in np.flatnonzero(forgotten).tolist():
+            forgotten[at] = _digest(self._key, int(ids[at])) in self._digests
+        return forgotten
 
     def without(self, table: pa.Table, column: str = "user_id") -> pa.Table:
-        """The rows of a table whose user is not forgotten. column: of the ids; a null is nobody."""
+        """Rows of a table whose user is not forgotten. column: of the ids; a null is nobody."""
+        import pyarrow as pa
+
         if not len(self) or not len(table):
             return table
         return table.filter(pa.array(~self.among(table[column].fill_null(-1).to_numpy())))
 
     def to_bytes(self) -> bytes:
-        """Key and records, as `from_bytes` takes them: for a copy in another store."""
+        """Key and records for `from_bytes`, for a copy in another store."""
         return self._key + self._records.tobytes()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Tombstones":
-        """What `to_bytes` gave."""
+    def from_bytes(cls, data: bytes) -> Tombstones:
+        """Parses the output of `to_bytes`."""
         return cls(data[:_KEY_BYTES], np.frombuffer(data[_KEY_BYTES:], _RECORD))
 
 
 class _Latest:
-    """What a process has read last of each storage. A run's file never changes, so each is read once."""
+    """Latest tombstones that a process has read from each storage. A run's file never changes, so each is read once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -120,7 +126,7 @@ class _Latest:
             paths = [f"{TOMBSTONES}/{name}/{_TOMBSTONES_FILE}" for name in now]
             records = [np.frombuffer(storage.read_bytes(p), _RECORD) for p in paths if storage.entry(p) is not None]
             if len(records) == len(now):
-                names = now  # else a run is being written: look again
+                names = now  # otherwise a run is being written: list again
             tombstones = Tombstones(storage.read_bytes(_KEY), np.concatenate(records)) if records else Tombstones()
         with self._lock:
             self._runs[storage.base] = (time.monotonic(), names, tombstones)
@@ -135,14 +141,14 @@ _latest = _Latest()
 
 
 def read_tombstones(storage: Storage) -> Tombstones:
-    """Who is forgotten in a workspace, at most half a second ago."""
+    """Forgotten users of a workspace, at most half a second old."""
     return _latest.get(storage)
 
 
 def write_tombstones(storage: Storage, ids: np.ndarray) -> str:
-    """Forgets some users from now on; the folder of this run, the same for the same ids.
+    """Forgets some users from now on; returns the folder of this run, the same for the same ids.
 
-    ids: int64 [n]. Raises WorkspaceError where the workspace cannot be written.
+    ids: int64 [n]. Raises WorkspaceError if the workspace cannot be written.
     """
     storage.create_bytes(_KEY, os.urandom(_KEY_BYTES))
     key = storage.read_bytes(_KEY)
@@ -177,8 +183,8 @@ def _digest(key: bytes, id_: int) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------------ workspace
 
 
-FORMAT = 2  # 1 was the first edition's, which had no workspace.json
-ITEM_UPDATES = "refresh/items"  # an artifact: by shard, the rows of items that stand over those of the prepared table
+FORMAT = 2  # 1 was the first edition, which had no workspace.json
+ITEM_UPDATES = "refresh/items"  # an artifact: rows of items, by shard, that override the prepared table
 _FILE = "workspace.json"
 _TRIES = 10
 
@@ -197,7 +203,7 @@ class Workspace(Storage):
 
     @property
     def layout(self) -> Layout:
-        """workspace.json, read once; empty where nothing was prepared yet.
+        """workspace.json, read once; empty if nothing has been prepared.
 
         Raises WorkspaceError for a workspace of the first edition, or of a newer OwlRec.
         """
@@ -209,23 +215,24 @@ class Workspace(Storage):
         return self._layout
 
     def n_shards(self, kind: Kind) -> int:
-        """How many shards a kind has. Raises WorkspaceError where it was never prepared."""
+        """Number of shards of a kind. Raises WorkspaceError if it was never prepared."""
         shards = self.layout.shards.get(kind)
         if shards is None:
             raise WorkspaceError(
-                f"{self.path(_FILE)} fixes no number of {kind} shards yet. Run `prepare` first, with the same recipe."
+                f"{self.path(_FILE)} does not set the number of {kind} shards. Run `prepare` first, with the "
+                "same recipe."
             )
         return shards
 
     def fix_shards(self, shards: Mapping[Kind, int]) -> None:
-        """Fixes the numbers of shards of kinds that have none yet; those that have keep theirs."""
+        """Fixes the numbers of shards of kinds without one; others keep theirs."""
         for n in shards.values():
             if n < 1 or n & (n - 1):
-                raise ValueError(f"{n} shards: only powers of two can grow by splitting")
+                raise ValueError(f"{n} shards: the number must be a power of two to grow by splitting")
         self._swap_layout({str(kind): n for kind, n in shards.items()} | self._read_layout()[0].shards)
 
     def grow_shards(self, shards: Mapping[Kind, int]) -> None:
-        """Replaces numbers of shards; only for `reshard`, once every file is where its new number says."""
+        """Replaces numbers of shards; only for `reshard`, once every file is in its new place."""
         self._swap_layout(self._read_layout()[0].shards | {str(kind): n for kind, n in shards.items()})
 
     def _swap_layout(self, shards: Mapping[str, int]) -> None:
@@ -236,14 +243,14 @@ class Workspace(Storage):
             data = wanted.model_dump_json(indent=2).encode()
             if wanted == layout or self.swap_bytes(_FILE, data, e_tag) is not None:
                 return
-        raise WorkspaceError(f"{self.path(_FILE)} was changed by others {_TRIES} times in a row. Try again.")
+        raise WorkspaceError(f"{self.path(_FILE)} was changed by other processes {_TRIES} times in a row. Try again.")
 
     def _read_layout(self) -> tuple[Layout, str | None]:
         if self.entry(_FILE) is None:
             if self.exists("manifests"):
                 raise WorkspaceError(
-                    f"{self.root} was written by the first edition of OwlRec, whose files this one does not read. "
-                    "Name another workspace in the recipe."
+                    f"{self.root} was written by the first edition of OwlRec, and this edition cannot read its "
+                    "files. Use another workspace in the recipe."
                 )
             return Layout(), None
         data, e_tag = self.read_tagged(_FILE)
@@ -258,15 +265,18 @@ class Workspace(Storage):
     # Tables
 
     def table_shards(self, name: str) -> range:
-        """The shards of a table. Raises WorkspaceError where `prepare` has not run."""
+        """Shards of a table. Raises WorkspaceError if `prepare` has not run."""
         return range(self.n_shards(TABLE_KINDS[name]))
 
     def read_shard(self, name: str, number: int, columns: list[str] | None = None) -> pa.Table:
-        """One shard of a table: of users and histories without those who are forgotten, of items with the rows that
-        came after `prepare` (ascending by id then). Raises WorkspaceError where it was never written.
+        """One shard of a table: users and histories without forgotten ones, items with the rows
+        added after `prepare` (then ascending by id). Raises WorkspaceError if it was never written.
 
-        Samples refer to interactions by their places: who reads both leaves users out afterwards.
+        Samples refer to interactions by position: code that reads both must remove users afterwards.
         """
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         path = table_file(name, number)
         if name == "items" and self.entry(updated := f"{ITEM_UPDATES}/item/{shard_file(number)}") is not None:
             table = self.read_parquet(path, columns and list({*columns, "item_id"}))
@@ -281,14 +291,18 @@ class Workspace(Storage):
         return table
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
-        """All shards of a table, in shard order: for small tables, and for tests. Raises as read_shard."""
+        """All shards of a table, in shard order: for small tables, and for tests. Raises the errors of read_shard."""
+        import pyarrow as pa
+
         return pa.concat_tables([self.read_shard(name, number, columns) for number in self.table_shards(name)])
 
     def write_table(self, name: str, table: pa.Table, *, key: str, n_shards: int = 1) -> None:
         """Writes a small table by the hash of its `key` (an int64 column). Rows keep their order within a shard.
 
-        n_shards: of the table's kind, where nothing has fixed it yet.
+        n_shards: of the table's kind, if not yet fixed.
         """
+        import pyarrow as pa
+
         kind = TABLE_KINDS[name]
         self.fix_shards({kind: n_shards})
         n = self.n_shards(kind)
@@ -300,20 +314,24 @@ class Workspace(Storage):
             self.write_parquet(table_file(name, number), table.take(pa.array(rows)))
 
     def log_path(self, name: str) -> Path:
-        """A local file for third-party logs: in the workspace, or in the temporary folder where that is remote."""
+        """A local file for third-party logs: in the workspace, or in the temporary folder if that is remote."""
         base = self.local_path("logs") if self.local else Path("/tmp/owlrec-logs") / fingerprint(self.root)[:8]
         base.mkdir(parents=True, exist_ok=True)
         return base / f"{name}.log"
 
 
 def as_texts(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Rows of items in the columns of another items table: what is missing is empty, a text and a list of texts become
-    each other.
+    """Rows of items in the columns of another items table: missing values are empty, and texts and lists of texts are
+    converted to each other.
     """
+    import pyarrow as pa
+
     return pa.table([_as_texts(table, field) for field in schema], schema=schema)
 
 
 def _as_texts(table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:
+    import pyarrow as pa
+
     is_list = pa.types.is_list(field.type)
     if field.name not in table.column_names:
         return pa.array([[] if is_list else ""] * len(table), field.type)
@@ -326,15 +344,15 @@ def _as_texts(table: pa.Table, field: pa.Field) -> pa.ChunkedArray | pa.Array:
 
 
 def shard_file(number: int, suffix: str = ".parquet") -> str:
-    """The file name of a shard: eight digits, so that order by name is order by number."""
+    """File name of a shard: eight digits, so order by name is order by number."""
     return f"{number:08d}{suffix}"
 
 
 def table_file(name: str, number: int) -> str:
-    """The path of a table's shard, relative to the workspace."""
+    """Path of a table's shard, relative to the workspace."""
     return f"tables/{name}/{shard_file(number)}"
 
 
 def shards_for(rows: int, rows_per_shard: int) -> int:
-    """The power of two that holds `rows` in shards of about `rows_per_shard` at most."""
+    """Power of two of shards for `rows`, with about `rows_per_shard` or fewer each."""
     return 1 << (max(1, -(-rows // rows_per_shard)) - 1).bit_length()

@@ -108,9 +108,9 @@ def owl(connect):
 
 
 def test_one_entity_and_a_miss(owl, workspace):
-    found = owl.get("user", 1)
-    assert (found.release, found.id, found.text) == (current_release(workspace), 1, "first likes films")
-    assert found.provenance.as_of == 1000
+    entity = owl.get("user", 1)
+    assert (entity.release, entity.id, entity.text) == (current_release(workspace), 1, "first likes films")
+    assert entity.provenance.as_of == 1000
     assert owl.get("user", np.int64(9)) is None
     assert owl.get("user", 3, ["vector", "codes"]).vector == [3.0, 1.0]
 
@@ -124,11 +124,11 @@ def test_many_aligned(owl, workspace):
 
 
 def test_vectors_as_numpy(owl, workspace):
-    found = owl.vectors("user", [2, 9, 5])
-    assert found.release == current_release(workspace)
-    assert (found.rows.dtype, found.rows.shape) == (np.float16, (3, 2))
-    np.testing.assert_allclose(found.rows, [[0, 2], [0, 0], [0.6, 0.8]], atol=1e-3)
-    assert found.mask.tolist() == [True, False, True]
+    vectors = owl.vectors("user", [2, 9, 5])
+    assert vectors.release == current_release(workspace)
+    assert (vectors.rows.dtype, vectors.rows.shape) == (np.float16, (3, 2))
+    np.testing.assert_allclose(vectors.rows, [[0, 2], [0, 0], [0.6, 0.8]], atol=1e-3)
+    assert vectors.mask.tolist() == [True, False, True]
 
 
 def test_similar_entities(owl):
@@ -148,7 +148,7 @@ def test_the_release_and_whether_it_is_served(owl, workspace):
 def test_ranking(owl):
     answer = owl.rank([1, 2, 3, 4, 5], user_id=7, mode="cascade", rerank=3, explain=True, deadline_ms=2000)
     assert [r.id for r in answer.results] == [3, 4, 2, 5, 1]
-    assert answer.results[0].why.ctr_place == 2
+    assert answer.results[0].explanation.ctr_place == 2
     assert not answer.degraded
     inline = owl.rank(np.array([2, 1]), history=[{"item_id": 3, "rating": 5.0}, {"item_id": 4}], top_k=1)
     assert [r.id for r in inline.results] == [2]
@@ -206,7 +206,7 @@ def test_both_clients_have_the_same_calls():
         assert inspect.signature(getattr(Client, name)) == inspect.signature(getattr(AsyncClient, name))
 
 
-def server_that(*behaviours):
+def server_that(*behaviors):
     """A real address whose connections are treated in turns: an answer in bytes, or None to say nothing. Its url, and
     what it was sent.
     """
@@ -214,15 +214,15 @@ def server_that(*behaviours):
 
     def serve():
         held = []
-        for behaviour in behaviours:
+        for behavior in behaviors:
             connection, _ = listener.accept()
             got.append(connection.recv(65536))
-            if behaviour is None:
+            if behavior is None:
                 held.append(connection)
-            elif callable(behaviour):
-                behaviour(connection)
+            elif callable(behavior):
+                behavior(connection)
             else:
-                connection.sendall(behaviour)
+                connection.sendall(behavior)
                 connection.close()
         listener.close()
 
@@ -293,6 +293,7 @@ def test_the_docstring_of_each_client_holds_an_example_that_runs(name, workspace
         assert runner.summarize(verbose=False).failed == 0
 
 
+@pytest.mark.process
 def test_naming_the_client_loads_neither_ray_nor_torch():
     code = (
         "import sys, owlrec; assert 'httpx' not in sys.modules; owlrec.Client('http://x'); owlrec.AsyncClient; "

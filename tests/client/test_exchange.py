@@ -20,12 +20,12 @@ def refused(status, **headers):
 def play(outcomes, call=CALL, policy=POLICY, takes_s=0.5, draw=lambda: 1.0):
     """What the exchange did, as it is answered with `outcomes`, each after `takes_s`: (result or error, steps)."""
     now, steps, left = 0.0, [], list(outcomes)
-    going, told = exchange(call, policy, lambda: now, draw), None
+    going, reply = exchange(call, policy, lambda: now, draw), None
     try:
         while True:
-            step = going.send(told)
+            step = going.send(reply)
             steps.append(step)
-            told = left.pop(0) if isinstance(step, Send) else None
+            reply = left.pop(0) if isinstance(step, Send) else None
             now += takes_s if isinstance(step, Send) else step.seconds
     except StopIteration as done:
         return done.value, steps

@@ -48,34 +48,32 @@ def test_everything_is_pinned(kind: str) -> None:
     assert re.fullmatch(rf"{PYTHON}\.\d+-slim-\w+", argument(kind, "PYTHON"))
     for name, rest in instructions(kind):
         for installed in re.findall(r"pip install ([^&]*)", rest) if name == "RUN" else []:
-            words = [w for w in installed.split() if not w.startswith("-") and w not in ("requirements.txt", ".")]
-            words = [w for w in words if not w.startswith(("${TORCH_INDEX", "constraints-"))]
+            words = [
+                w
+                for w in installed.split()
+                if not w.startswith("-") and w not in (f"{kind}.lock", "./platform/owlrec_decoding", ".")
+            ]
+            words = [w for w in words if not w.startswith("${TORCH_INDEX")]
             assert all("==" in w or w in ("${TORCH}", "${ASSETS}") for w in words), installed
 
 
 @images
-def test_constraints_are_exact_and_agree_with_the_project(kind: str) -> None:
-    lines = (CLUSTER / f"constraints-{kind}.txt").read_text().splitlines()
-    exact = dict(line.split("==") for line in lines if not line.startswith("#"))
+def test_locks_are_exact_hashed_and_agree_with_the_project(kind: str) -> None:
+    lock = (ROOT / "requirements" / f"{kind}.lock").read_text()
+    exact = dict(re.findall(r"^([a-z0-9._-]+)==(\S+) \\\n    --hash=sha256:[0-9a-f]{64}", lock, re.MULTILINE))
+    assert len(exact) == len(re.findall("^[^# ]", lock, re.MULTILINE)) > 100
+    assert "://" not in lock
+    if kind == "cpu":  # the Dockerfile installs these builds before
+        exact |= dict(re.findall(r"(\w+)==(\S+)", argument(kind, "TORCH=")))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for wanted in map(Requirement, [*project["dependencies"], *extras[kind], *extras["redis"]]):
-        assert wanted.specifier.contains(exact[canonicalize_name(wanted.name)]), wanted
-    (run,) = [rest for name, rest in instructions(kind) if name == "RUN" and "tomllib" in rest]
-    assert f"pip install -r requirements.txt -c constraints-{kind}.txt" in run
-
-
-@images
-def test_the_extras_that_the_image_installs_are_the_projects(kind: str) -> None:
-    """The Dockerfile's own line of Python, run on the project's pyproject.toml."""
-    (run,) = [rest for name, rest in instructions(kind) if name == "RUN" and "tomllib" in rest]
-    code = re.search(r'python -c "(.*?)" > requirements.txt', run, re.DOTALL)
-    assert code
-    printed = subprocess.run([sys.executable, "-c", code[1]], cwd=ROOT, capture_output=True, text=True, check=True)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    assert printed.stdout.splitlines() == [*project["dependencies"], *extras[kind], *extras["redis"]]
-    assert "uninstall -y torchaudio torchcodec" in run
+    wanted = [*project["dependencies"], *extras["ray"], *extras["cloud"], *extras[kind], *extras["redis"]]
+    decoder = tomllib.loads((ROOT / "platform/owlrec_decoding/pyproject.toml").read_text())["project"]
+    for requirement in map(Requirement, [*wanted, *decoder["dependencies"]]):
+        if not requirement.name.startswith("owlrec"):
+            assert requirement.specifier.contains(exact[canonicalize_name(requirement.name)]), requirement
+    assert not {"torchaudio", "torchcodec"} & exact.keys()  # whose import breaks transformers
+    assert ("RUN", f"pip install --no-deps --require-hashes -r {kind}.lock") in instructions(kind)
 
 
 def test_torch_and_the_demos_assets_are_those_of_make_setup() -> None:
@@ -99,17 +97,19 @@ def test_the_build_sees_what_it_copies_and_no_secret_run_or_history(kind: str) -
     assert not any(fnmatch(name, rule) for name in (".git", ".venv", "runs", "keys.txt") for rule in allowed)
 
 
+@pytest.mark.process
 def test_a_wheel_can_be_built_from_what_the_build_sees(tmp_path: Path) -> None:
     ignore = (CLUSTER / "Dockerfile.cpu.dockerignore").read_text().splitlines()
     for name in (line.removeprefix("!") for line in ignore if line.startswith("!")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", tmp_path]
-    subprocess.run(command, capture_output=True, text=True, check=True)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"owlrec/recipe.py", "pipelines/generate.py", "serve_apps/knowledge.py"} <= set(names)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist"]
+    for project in (tmp_path, tmp_path / "platform/owlrec_decoding"):
+        subprocess.run([*build, project], capture_output=True, text=True, check=True)
+    decoder, owlrec = (zipfile.ZipFile(wheel).namelist() for wheel in sorted((tmp_path / "dist").glob("*.whl"))[::-1])
+    assert {"owlrec/recipe.py", "owlrec/apps/knowledge.py"} <= set(owlrec)
+    assert "owlrec_decoding/drafter.py" in decoder
 
 
 @images

@@ -21,8 +21,8 @@ clouds = pytest.mark.parametrize("cloud", ["aws", "gcp"])
 
 @cache
 def config(cloud: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((CLUSTER / f"{cloud}.yaml").read_text())
-    return found
+    settings: dict[str, Any] = yaml.safe_load((CLUSTER / f"{cloud}.yaml").read_text())
+    return settings
 
 
 def workers(cloud: str) -> dict[str, dict[str, Any]]:

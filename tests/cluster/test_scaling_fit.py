@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from manifests import CLUSTER, OVERLAYS, of_kind, overlay, ray_clusters, serve_config
+from manifests import CLUSTER, OVERLAYS, by_kind, overlay, ray_clusters, serve_config
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
@@ -16,7 +16,7 @@ from ray.core.generated.autoscaler_pb2 import ResourceRequestByCount
 from serving_apps import built, replicas
 
 from owlrec.recipe import load_recipe
-from owlrec.runs.batch import engine_cpus
+from owlrec.runs.stages import engine_cpus
 
 Demand = list[tuple[dict[str, float], int]]
 
@@ -50,7 +50,7 @@ def on_kubernetes(name: str, cluster: str) -> AutoscalingConfig:
 
 def recipe_of(name: str, tmp_path: Path) -> Any:
     path = tmp_path / "recipe.yaml"
-    path.write_text(of_kind(overlay(name), "ConfigMap")["owlrec-recipe"]["data"]["recipe.yaml"])
+    path.write_text(by_kind(overlay(name), "ConfigMap")["owlrec-recipe"]["data"]["recipe.yaml"])
     return load_recipe(path)
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.cohorts.assignment import route, vector_array, vector_rows
+from owlrec.cohorts.building import route, vector_array, vector_rows
 from owlrec.cohorts.clustering import Codebook
-from owlrec.cohorts.model import CohortModel
+from owlrec.cohorts.cohort_model import CohortModel
 from owlrec.errors import WorkspaceError
 from owlrec.scenario import get_scenario
 from owlrec.workspace import Workspace
@@ -39,8 +39,8 @@ def vectors(ids: list[int], liked: list[list[float] | None], disliked: list[list
 def routed(
     table: pa.Table, users: Sequence[dict[str, object]] = (), **changes: object
 ) -> dict[tuple[int, str], tuple[str, str]]:
-    found = route(model(**changes), "user", table, lambda: pa.Table.from_pylist(list(users)), MOVIES)
-    return {(r["id"], r["facet"]): (r["cohort"], r["source"]) for r in found.to_pylist()}
+    rows = route(model(**changes), "user", table, lambda: pa.Table.from_pylist(list(users)), MOVIES)
+    return {(r["id"], r["facet"]): (r["cohort"], r["source"]) for r in rows.to_pylist()}
 
 
 def test_enough_history_is_collaborative_by_likes_and_by_dislikes() -> None:
@@ -66,8 +66,8 @@ def test_too_little_history_falls_back_to_attributes_then_to_all() -> None:
 def test_a_user_is_routed_as_of_each_history_and_by_attributes_as_of_ever() -> None:
     table = vectors([10, 10, 11, 11], [None, [1.0, 0.0], None, None], [None, None, None, [0.0, 1.0]])
     table = table.set_column(1, "as_of", pa.array([5, 9, 5, 9], pa.int64()))
-    found = route(model(), "user", table, lambda: pa.table({"user_id": pa.array([], pa.int64())}), MOVIES).to_pylist()
-    assert [(r["id"], r["as_of"], r["cohort"]) for r in found] == [
+    rows = route(model(), "user", table, lambda: pa.table({"user_id": pa.array([], pa.int64())}), MOVIES).to_pylist()
+    assert [(r["id"], r["as_of"], r["cohort"]) for r in rows] == [
         (10, 0, "user-all"),
         (10, 9, "user-liked-000004"),
         (11, 0, "user-all"),
@@ -77,9 +77,9 @@ def test_a_user_is_routed_as_of_each_history_and_by_attributes_as_of_ever() -> N
 
 def test_vectors_and_their_nulls_survive_the_table() -> None:
     values, known = np.array([[1, 2], [0, 0], [3, 4]], np.float32), np.array([True, False, True])
-    rows, found = vector_rows(pa.chunked_array([vector_array(values, known)]))
+    rows, vectors = vector_rows(pa.chunked_array([vector_array(values, known)]))
     assert rows.tolist() == [0, 2]
-    np.testing.assert_array_equal(found, values[known])
+    np.testing.assert_array_equal(vectors, values[known])
     sliced = pa.chunked_array([vector_array(values, known)]).slice(1)
     np.testing.assert_array_equal(vector_rows(sliced)[1], values[2:])
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from owlrec.cohorts.profiles import banded, choose_group, count_groups, group_name, large_groups, values_of
+from owlrec.cohorts.cohort_model import banded, choose_group, count_groups, group_name, large_groups, values_of
 
 FIELDS = ("gender", "age", "occupation")
 YOUNG = (("gender", "F"), ("age", "20-29"), ("occupation", "student"))

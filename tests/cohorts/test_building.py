@@ -11,7 +11,7 @@ import pytest
 from owlrec.cohorts import building, clustering
 from owlrec.cohorts.building import AssignCohorts, _batches, build_cohorts, cohort_shards
 from owlrec.cohorts.clustering import ClusterConfig, FactorSettings
-from owlrec.cohorts.model import POINTER, CohortsConfig, CohortSettings, previous_folder, read_profiles
+from owlrec.cohorts.cohort_model import POINTER, CohortsConfig, CohortSettings, previous_folder, read_profiles
 from owlrec.errors import SchemaError
 from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
@@ -21,10 +21,9 @@ from owlrec.storage import Pointer
 from owlrec.workspace import Workspace
 
 MOVIES = get_scenario("movies")
-SIZES = ClusterConfig(mean_size=16)  # 2 to 40 members
-CONFIG = CohortsConfig(users=SIZES, items=SIZES)
+CONFIG = CohortsConfig(mean_size=16)  # 2 to 40 members
 SETTINGS = CohortSettings(factors=FactorSettings(factors=4))
-TASTES, ITEMS_A_TASTE = 4, 20
+TASTES, ITEMS_PER_TASTE = 4, 20
 
 
 def ask(profiles: pa.Table) -> pa.Table:
@@ -44,7 +43,7 @@ def prepare(
 ) -> None:
     """Users by id with what they liked and disliked; items 0 to 79, of which each score is one taste."""
     dislikes = dislikes or {}
-    n = TASTES * ITEMS_A_TASTE
+    n = TASTES * ITEMS_PER_TASTE
     items = pa.table(
         {
             "item_id": range(n),
@@ -74,32 +73,36 @@ def prepare(
 def planted(n: int, seed: int = 0) -> dict[int, list[int]]:
     """User u has taste u modulo 4, and eight of its films."""
     rng = np.random.default_rng(seed)
-    return {u: (ITEMS_A_TASTE * (u % TASTES) + rng.choice(ITEMS_A_TASTE, 8, replace=False)).tolist() for u in range(n)}
+    return {
+        u: (ITEMS_PER_TASTE * (u % TASTES) + rng.choice(ITEMS_PER_TASTE, 8, replace=False)).tolist() for u in range(n)
+    }
 
 
 def names(workspace: Workspace, folder: str, kind: str, ids: Sequence[int]) -> list[list[str]]:
     """Of each id its cohorts, liked before disliked."""
-    of: dict[int, list[tuple[str, str]]] = {i: [] for i in ids}
+    by_id: dict[int, list[tuple[str, str]]] = {i: [] for i in ids}
     for file in workspace.names(folder, kind):
         for row in workspace.read_parquet(f"{folder}/{kind}/{file}").to_pylist():
-            if row["id"] in of:
-                of[row["id"]].append((row["facet"], row["cohort"]))
-    return [[name for _, name in sorted(of[i], reverse=True)] for i in ids]
+            if row["id"] in by_id:
+                by_id[row["id"]].append((row["facet"], row["cohort"]))
+    return [[name for _, name in sorted(by_id[i], reverse=True)] for i in ids]
 
 
 def test_cohorts_hold_one_taste_and_keep_to_their_sizes(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     prepare(workspace, planted(160))
-    found = build(workspace, "c")
-    of = {u: n[0] for u, n in enumerate(names(workspace, "c", "user", range(160)))}
-    pure = [len({u % TASTES for u, name in of.items() if name == cohort}) == 1 for cohort in set(of.values())]
+    built = build(workspace, "c")
+    cohort_of = {u: n[0] for u, n in enumerate(names(workspace, "c", "user", range(160)))}
+    pure = [
+        len({u % TASTES for u, name in cohort_of.items() if name == cohort}) == 1 for cohort in set(cohort_of.values())
+    ]
     assert np.mean(pure) > 0.8
-    sizes = Counter(of.values())
+    sizes = Counter(cohort_of.values())
     assert max(sizes.values()) <= 40
     assert min(sizes.values()) >= 2
-    assert found["user_cohorts"] == len(sizes)
-    assert found["user_members"] == 160
-    assert found["item_members"] == 80
+    assert built["user_cohorts"] == len(sizes)
+    assert built["user_members"] == 160
+    assert built["item_members"] == 80
     profiles = read_profiles(workspace, "c").to_pylist()
     assert {row["cohort"]: row["size"] for row in profiles if row["kind"] == "user"} == sizes
     for row in profiles:
@@ -109,9 +112,9 @@ def test_cohorts_hold_one_taste_and_keep_to_their_sizes(tmp_path: Path) -> None:
 def test_everything_about_a_cohort_is_in_the_shard_of_its_id(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     prepare(workspace, planted(160))
-    found = build(workspace, "c")
+    built = build(workspace, "c")
     n = workspace.n_shards("cohort")
-    assert 8 < found["user_cohorts"] + found["item_cohorts"] + 2 <= 16  # with those of all users and all items
+    assert 8 < built["user_cohorts"] + built["item_cohorts"] + 2 <= 16  # with those of all users and all items
     assert n == 4  # of four cohorts each
     asked = []
     for number in range(n):
@@ -120,7 +123,7 @@ def test_everything_about_a_cohort_is_in_the_shard_of_its_id(tmp_path: Path) -> 
         assert prompts["text"].to_pylist() == read_profiles(workspace, "c", [number])["cohort"].to_pylist()
         assert set(cohort_shards(prompts["text"].to_pylist(), n)) <= {number}
         asked += prompts["text"].to_pylist()
-    assert len(asked) == found["user_cohorts"] + found["item_cohorts"] == len(set(asked))
+    assert len(asked) == built["user_cohorts"] + built["item_cohorts"] == len(set(asked))
     cards = Artifact(workspace, "c").cards("user", "item", "prompts")
     assert len(cards) == 4 + 2 + n
     assert sum(card.rows_out for name, card in cards.items() if name.startswith("prompts/")) == len(asked)
@@ -147,21 +150,23 @@ def test_two_levels_and_several_batches_group_tastes_as_one_does(
     monkeypatch.setattr(building, "CELL_SAMPLE", 50)  # groups of cells: 160 users make 3 of them, for 3 cells
     monkeypatch.setattr(building, "_BATCH_ROWS", 60)
     monkeypatch.setattr(building, "_MERGE_ROWS", 10)
-    found = build(workspace, "c")
+    built = build(workspace, "c")
     assert len(workspace.names("c", "user-liked-samples")) > 1
     assert len(workspace.names("c", "user-liked-centroids")) == 3
-    of = {u: n[0] for u, n in enumerate(names(workspace, "c", "user", range(160)))}
-    pure = [len({u % TASTES for u, name in of.items() if name == cohort}) == 1 for cohort in set(of.values())]
+    cohort_of = {u: n[0] for u, n in enumerate(names(workspace, "c", "user", range(160)))}
+    pure = [
+        len({u % TASTES for u, name in cohort_of.items() if name == cohort}) == 1 for cohort in set(cohort_of.values())
+    ]
     assert np.mean(pure) > 0.8
-    assert found["user_members"] == 160
+    assert built["user_members"] == 160
 
 
 def test_beyond_the_sample_sizes_are_estimates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace = Workspace(tmp_path)
     prepare(workspace, planted(640))
     monkeypatch.setattr(ClusterConfig, "sizes", lambda self, n: clustering.Sizes(max(1, n // 16), 2, 40, n // 2))
-    found = build(workspace, "c")
-    assert found["user_members"] == pytest.approx(640, rel=0.05)
+    built = build(workspace, "c")
+    assert built["user_members"] == pytest.approx(640, rel=0.05)
     assert sum(map(len, names(workspace, "c", "user", range(640)))) == 640
 
 
@@ -185,9 +190,9 @@ def test_dislikes_make_cohorts_of_their_own(tmp_path: Path) -> None:
 def test_identical_users_are_one_cohort_and_one_prompt(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     prepare(workspace, {u: [1, 2, 3, 4] for u in range(60)})
-    found = build(workspace, "c")
+    built = build(workspace, "c")
     assert names(workspace, "c", "user", range(60)) == [["user-liked-000000"]] * 60
-    assert found["user_cohorts"] == 1
+    assert built["user_cohorts"] == 1
 
 
 def test_users_without_history_share_an_attribute_cohort(tmp_path: Path) -> None:
@@ -206,11 +211,11 @@ def test_a_second_run_keeps_names_and_profiles(tmp_path: Path) -> None:
     Pointer(workspace, POINTER).move("a")
     assert previous_folder(workspace, "b") == "a"
     prepare(workspace, planted(160) | {u: items for u, items in planted(168).items() if u >= 160})
-    found = build(workspace, "b", previous="a")
+    built = build(workspace, "b", previous="a")
     Pointer(workspace, POINTER).move("b")
     before, after = (names(workspace, folder, "user", range(160)) for folder in "ab")
     assert np.mean([a == b for a, b in zip(before, after, strict=True)]) > 0.7
-    assert found["settled"] > 0
+    assert built["settled"] > 0
     assert previous_folder(workspace, "b") == "a"  # a run that is repeated goes on from where it did before
     assert previous_folder(workspace, "c") == "b"
 

@@ -23,10 +23,10 @@ CONFIG = ClusterConfig(mean_size=20)  # 2 to 50 members
 SMALLEST, LARGEST = 2, 50
 
 
-def blobs(n: int, centres: int, spread: float = 0.1, seed: int = 0, d: int = 8) -> np.ndarray:
+def blobs(n: int, centers: int, spread: float = 0.1, seed: int = 0, d: int = 8) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    middle = unit(np.random.default_rng(99).normal(size=(centres, d)))
-    return unit(middle[rng.integers(centres, size=n)] + spread * rng.normal(size=(n, d)))
+    middle = unit(np.random.default_rng(99).normal(size=(centers, d)))
+    return unit(middle[rng.integers(centers, size=n)] + spread * rng.normal(size=(n, d)))
 
 
 def train(
@@ -66,32 +66,32 @@ def sizes(book: Codebook, vectors: np.ndarray) -> np.ndarray:
 def test_cohorts_grow_with_the_cube_root_of_the_population(
     population: int, cohorts: int, smallest: int, largest: int, cells: int
 ) -> None:
-    found = ClusterConfig().sizes(population)
-    assert found[:3] == (cohorts, smallest, largest)
-    assert found.cells == cells
-    assert found.sample == min(population, cohorts * max(64, min(256, 2**22 // cohorts)))
+    bounds = ClusterConfig().sizes(population)
+    assert bounds[:3] == (cohorts, smallest, largest)
+    assert bounds.cells == cells
+    assert bounds.sample == min(population, cohorts * max(64, min(256, 2**22 // cohorts)))
 
 
 def test_both_levels_are_bounded_whatever_is_asked_for() -> None:
-    found = ClusterConfig(mean_size=2).sizes(10**9)
-    assert found.cohorts <= 2**20
-    assert found.cells <= 4096
+    bounds = ClusterConfig(mean_size=2).sizes(10**9)
+    assert bounds.cohorts <= 2**20
+    assert bounds.cells <= 4096
 
 
 @settings(max_examples=20)
 @given(st.integers(1, 400), st.integers(1, 12), st.integers(0, 3))
-def test_no_cohort_of_the_sample_is_too_small(n: int, centres: int, seed: int) -> None:
-    vectors = blobs(n, centres, seed=seed)
-    found = sizes(train(vectors), vectors)
-    assert found.sum() == n
-    assert found.min() >= min(SMALLEST, n)
+def test_no_cohort_of_the_sample_is_too_small(n: int, centers: int, seed: int) -> None:
+    vectors = blobs(n, centers, seed=seed)
+    bounds = sizes(train(vectors), vectors)
+    assert bounds.sum() == n
+    assert bounds.min() >= min(SMALLEST, n)
 
 
 def test_a_crowd_is_split_and_sizes_hold() -> None:
     vectors = np.concatenate([blobs(300, 1), blobs(100, 9, seed=1)])
-    found = sizes(train(vectors), vectors)
-    assert (found >= SMALLEST).all()
-    assert np.mean(found <= LARGEST) > 0.9  # folding what is too small may fill another
+    bounds = sizes(train(vectors), vectors)
+    assert (bounds >= SMALLEST).all()
+    assert np.mean(bounds <= LARGEST) > 0.9  # folding what is too small may fill another
 
 
 def test_nearest_is_what_brute_force_finds() -> None:
@@ -134,7 +134,7 @@ def test_identical_members_make_one_cohort() -> None:
 
 
 def test_nobody_with_a_vector_is_refused() -> None:
-    with pytest.raises(SchemaError, match="nobody has a vector"):
+    with pytest.raises(SchemaError, match="vector to cluster"):
         train(np.zeros((0, 8), np.float32))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.cohorts.clustering import FactorSettings, ItemFactors, fold_in, judged, train_item_factors, unit
+from owlrec.cohorts.clustering import FactorSettings, ItemFactors, fold_in, items_and_likes, train_item_factors, unit
 from owlrec.errors import SchemaError
 from owlrec.schema import HISTORIES
 from owlrec.workspace import Workspace
@@ -43,21 +43,21 @@ def test_fold_in_solves_the_normal_equations() -> None:
     all_y = factors.vectors.astype(np.float64)
     left = all_y.T @ all_y + SETTINGS.alpha * y.T @ y + SETTINGS.regularization * np.eye(3)
     expected = np.linalg.solve(left, (1 + SETTINGS.alpha) * y.sum(axis=0))
-    found, known = fold_in(factors, SETTINGS, pa.array([chosen], pa.list_(pa.int64())))
+    folded, known = fold_in(factors, SETTINGS, pa.array([chosen], pa.list_(pa.int64())))
     assert known.tolist() == [True]
-    np.testing.assert_allclose(found[0], expected / np.linalg.norm(expected), atol=1e-4)
+    np.testing.assert_allclose(folded[0], expected / np.linalg.norm(expected), atol=1e-4)
 
 
 def test_doubled_and_unknown_items_add_nothing() -> None:
     factors = train_item_factors(planted()[0], SETTINGS)
     lists = pa.array([[0, 1, 2], [0, 0, 1, 2, 2, 99999], [0, 1], []], pa.list_(pa.int64()))
-    found, known = fold_in(factors, SETTINGS, lists)
-    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+    folded, known = fold_in(factors, SETTINGS, lists)
+    np.testing.assert_allclose(folded[0], folded[1], atol=1e-6)
     assert known.tolist() == [True, True, False, False]
-    assert not found[2:].any()
+    assert not folded[2:].any()
 
 
-def test_only_the_chosen_behaviours_count() -> None:
+def test_only_the_chosen_behaviors_count() -> None:
     factors = train_item_factors(planted()[0], SETTINGS)
     whole = pa.array([[0, 1, 2, 100, 101, 102]], pa.list_(pa.int64()))
     liked, _ = fold_in(factors, SETTINGS, whole, np.array([1, 1, 1, 0, 0, 0], bool))
@@ -84,7 +84,7 @@ def test_a_behavior_without_a_rating_is_liked() -> None:
         {"user_id": 1, "as_of": 1, "items": [1, 2], "ratings": [3.0, 4.0]},
         {"user_id": 2, "as_of": 1, "items": [3], "ratings": [None]},
     ]
-    items, liked = judged(pa.Table.from_pylist(rows, schema=HISTORIES), 3)
+    items, liked = items_and_likes(pa.Table.from_pylist(rows, schema=HISTORIES), 3)
     assert items.to_pylist() == [[1, 2], [3]]
     assert liked.tolist() == [False, True, True]
 
@@ -94,7 +94,7 @@ def test_what_was_passed_over_is_not_liked() -> None:
         {"user_id": 1, "as_of": 1, "items": [1, 2], "ratings": [None, None], "passed": [7]},
         {"user_id": 2, "as_of": 1, "items": [3], "ratings": [None], "passed": [8, 9]},
     ]
-    items, liked = judged(pa.Table.from_pylist(rows, schema=HISTORIES), 3)
+    items, liked = items_and_likes(pa.Table.from_pylist(rows, schema=HISTORIES), 3)
     assert items.to_pylist() == [[1, 2, 7], [3, 8, 9]]
     assert liked.tolist() == [True, True, False, True, False, False]
 
@@ -115,5 +115,5 @@ def test_nobody_and_users_without_a_behavior_fold_in_to_nothing() -> None:
 
 
 def test_no_item_that_several_users_chose_is_a_clear_error() -> None:
-    with pytest.raises(SchemaError, match="none of 4 items was chosen by 3 users"):
+    with pytest.raises(SchemaError, match="none of 4 items was chosen by at least 3 users"):
         train_item_factors(histories([[1, 2], [3, 4]]), SETTINGS)

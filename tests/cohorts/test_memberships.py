@@ -4,8 +4,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from owlrec.cohorts.model import by_facet, memberships
-from owlrec.schema import COHORTS, stable_id
+from owlrec.cohorts.cohort_model import memberships
+from owlrec.ids import stable_id
+from owlrec.releases.format import by_facet
+from owlrec.schema import COHORTS
 
 
 def row(id_: int, cohort: str, facet: str = "liked", kind: str = "user", as_of: int = 9) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def test_memberships_of_two_moments_stay_apart() -> None:
 
 def test_a_release_marks_what_was_disliked_by_the_complement() -> None:
     rows = [row(1, "war", "disliked"), row(1, "love"), row(2, "war", "disliked"), row(3, "war", "", "item")]
-    found = memberships(pa.Table.from_pylist(rows, COHORTS), marked=True)["cohorts"].to_pylist()
+    cohorts = memberships(pa.Table.from_pylist(rows, COHORTS), marked=True)["cohorts"].to_pylist()
     war, love = stable_id("war"), stable_id("love")
-    assert found == [[war], [love, ~war], [~war]]
-    assert list(map(by_facet, found)) == [((war,), ()), ((love,), (war,)), ((), (war,))]
+    assert cohorts == [[war], [love, ~war], [~war]]
+    assert list(map(by_facet, cohorts)) == [((war,), ()), ((love,), (war,)), ((), (war,))]

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.cohorts.profiles import (
+from owlrec.cohorts.cohort_model import (
     LATEST,
     PROFILES,
     ProfileSettings,
@@ -21,8 +21,7 @@ from owlrec.cohorts.profiles import (
 )
 from owlrec.scenario import get_scenario
 from owlrec.schema import COHORTS, HISTORIES
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.splits import Every
+from owlrec.sources.splits import Every, ItemCatalog
 
 MOVIES = get_scenario("movies")
 SETTINGS = ProfileSettings(representatives=2, titles=3, opposite=2)
@@ -69,19 +68,19 @@ def profiles() -> dict[str, dict]:
 
 
 def test_the_nearest_members_stand_for_a_cohort() -> None:
-    found = profiles()["a"]
-    assert found["representatives"] == [2, 3]
-    assert found["titles"] == ["Film 10", "Film 11"]  # both like film 10; user 1, who likes film 9, is too far
-    assert found["opposite"] == ["Film 12", "Film 13"]
-    assert found["attributes"] == ["age 20-29", "age 30-39", "gender F"]  # half of two have each age
-    assert found["as_of"] == 103
-    assert found["size"] == 3
+    row = profiles()["a"]
+    assert row["representatives"] == [2, 3]
+    assert row["titles"] == ["Film 10", "Film 11"]  # both like film 10; user 1, who likes film 9, is too far
+    assert row["opposite"] == ["Film 12", "Film 13"]
+    assert row["attributes"] == ["age 20-29", "age 30-39", "gender F"]  # half of two have each age
+    assert row["as_of"] == 103
+    assert row["size"] == 3
 
 
 def test_the_longest_history_stands_for_an_attribute_group() -> None:
-    found = profiles()["g"]
-    assert found["titles"] == ["Film 14"]
-    assert found["attributes"] == ["age 40-49", "gender F"]
+    row = profiles()["g"]
+    assert row["titles"] == ["Film 14"]
+    assert row["attributes"] == ["age 40-49", "gender F"]
 
 
 def profile(titles: list[str], size: int, **other: object) -> dict:
@@ -141,8 +140,8 @@ def test_a_text_as_of_a_cut_quotes_who_was_a_member_and_what_they_had_done_by_th
         for i, as_of in ((1, 5), (1, 20), (2, 5), (2, 25), (3, 30))
     ]
     tables = (pa.Table.from_pylist(members, COHORTS), pa.table({"user_id": [1, 2, 3]}))
-    found = user_candidates(*tables, pa.Table.from_pylist(histories, HISTORIES), MOVIES, 9, {"half": 10, "now": 99})
-    rows = {(r["cut"], r["cohort"], r["id"]): (r["as_of"], r["chosen"]) for r in found.to_pylist()}
+    chosen = user_candidates(*tables, pa.Table.from_pylist(histories, HISTORIES), MOVIES, 9, {"half": 10, "now": 99})
+    rows = {(r["cut"], r["cohort"], r["id"]): (r["as_of"], r["chosen"]) for r in chosen.to_pylist()}
     assert rows == {
         ("half", "c", 1): (5, [1, 5]),
         ("half", "c", 2): (5, [2, 5]),
@@ -150,7 +149,7 @@ def test_a_text_as_of_a_cut_quotes_who_was_a_member_and_what_they_had_done_by_th
         ("now", "c", 2): (25, [2, 25]),
         ("now", "c", 3): (30, [3, 30]),
     }
-    best = best_candidates([found], 9)
+    best = best_candidates([chosen], 9)
     texts = build_profiles(best, {"c": 2, "other": 1}, "user", lambda ids: [f"{i}" for i in ids.tolist()], SETTINGS)
     assert {(r["cohort"], r["cut"]): r["as_of"] for r in texts.to_pylist()} == {
         ("c", "half"): 5,

@@ -9,7 +9,7 @@ import pytest
 
 from owlrec import schema
 from owlrec.ctr.features import build_features
-from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.knowledge_tables import KnowledgeTable
 from owlrec.ctr.trainer import TrainingData
 
 N_USERS, N_ITEMS, DIM = 150, 20, 8
@@ -30,8 +30,8 @@ class ToyWorld:
         features = build_features(
             self.users, self.items, self.samples, attributes=["genres"], profile=["gender"], min_item_count=1
         )
-        sides = dict(zip(("user", "item"), self.vectors, strict=True))
-        sources = {source: sides for source in ("knowledge", "collective", "metadata")}
+        kind_tables = dict(zip(("user", "item"), self.vectors, strict=True))
+        sources = {source: kind_tables for source in ("knowledge", "collective", "metadata")}
         partition = dataclasses.replace(self.vectors[0], as_of=np.full(N_USERS, -1))
         return TrainingData(features, {**sources, "streaming": {"user": partition}})
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from owlrec.ctr.backbones.interface import Backbone, BackboneInputs, InputShape, mlp
+from owlrec.ctr.backbones.networks import Backbone, BackboneInputs, InputShape, mlp
 
 
 class OneMLP(Backbone):

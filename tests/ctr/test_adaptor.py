@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from owlrec.ctr.adaptor import FUSION_DIM, Adaptor, Knowledge, Tower
 from owlrec.ctr.experiment import AdaptorConfig
+from owlrec.ctr.model import FUSION_DIM, Adaptor, BatchVectors, Tower
 
 D, OUT = 6, 3
 CONFIG = AdaptorConfig(shared_experts=2, dedicated_experts=3, hidden_dim=4)
@@ -20,7 +20,7 @@ def adaptor(user_sources: int = 1, item_sources: int = 1) -> Adaptor:
     return Adaptor(D, OUT, CONFIG, user_sources, item_sources)
 
 
-def side(n: int, seed: int, sources: int = 1) -> Knowledge:
+def knowledge_of(n: int, seed: int, sources: int = 1) -> BatchVectors:
     """Seven rows; the first id, which the first row is of, has no knowledge of any source."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(0, n, (7,), generator=generator)
@@ -28,7 +28,7 @@ def side(n: int, seed: int, sources: int = 1) -> Knowledge:
     vectors = torch.randn(n, sources, D, generator=generator)
     mask = torch.rand(n, sources, generator=generator) > 0.4
     mask[0] = False
-    return Knowledge(vectors, mask, rows)
+    return BatchVectors(vectors, mask, rows)
 
 
 def fused_by_hand(tower: Tower, vectors: Tensor, mask: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def fused_by_hand(tower: Tower, vectors: Tensor, mask: Tensor) -> Tensor:
     return sum((w / sum(weights.values()) * units[i] for i, w in weights.items()), torch.zeros(D))
 
 
-def by_hand(model: Adaptor, tower: Tower, knowledge: Knowledge, row: int) -> Tensor:
+def by_hand(model: Adaptor, tower: Tower, knowledge: BatchVectors, row: int) -> Tensor:
     u = knowledge.rows[row]
     z = fused_by_hand(tower, knowledge.vectors[u], knowledge.mask[u])
     scores = [float(tower.gate.weight[i] @ z + tower.gate.bias[i]) for i in range(5)]
@@ -59,7 +59,7 @@ def by_hand(model: Adaptor, tower: Tower, knowledge: Knowledge, row: int) -> Ten
 
 @pytest.mark.parametrize("sources", SOURCES)
 def test_equals_a_loop_over_samples_sources_and_experts(sources: tuple[int, int]) -> None:
-    model, user, item = adaptor(*sources), side(5, 1, sources[0]), side(4, 2, sources[1])
+    model, user, item = adaptor(*sources), knowledge_of(5, 1, sources[0]), knowledge_of(4, 2, sources[1])
     assert user.mask.any()
     with torch.no_grad():
         out = model.fields(user, item)
@@ -106,8 +106,8 @@ def test_one_source_draws_the_numbers_of_an_adaptor_without_fusion() -> None:
 def test_a_missing_source_contributes_nothing_whatever_its_vector_holds(
     sources: tuple[int, int], garbage: float
 ) -> None:
-    model, user, item = adaptor(*sources), side(5, 1, sources[0]), side(4, 2, sources[1])
-    others = [Knowledge(k.vectors.masked_fill(~k.mask.unsqueeze(2), garbage), k.mask, k.rows) for k in (user, item)]
+    model, user, item = adaptor(*sources), knowledge_of(5, 1, sources[0]), knowledge_of(4, 2, sources[1])
+    others = [BatchVectors(k.vectors.masked_fill(~k.mask.unsqueeze(2), garbage), k.mask, k.rows) for k in (user, item)]
     assert torch.equal(model.fields(*others), model.fields(user, item))
     model.fields(*others).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -115,7 +115,7 @@ def test_a_missing_source_contributes_nothing_whatever_its_vector_holds(
 
 @pytest.mark.parametrize("sources", [1, 3])
 def test_only_ids_without_any_source_read_the_default(sources: int) -> None:
-    model, user, item = adaptor(sources), side(5, 1, sources), side(4, 2)
+    model, user, item = adaptor(sources), knowledge_of(5, 1, sources), knowledge_of(4, 2)
     missing = ~user.mask.any(dim=1)
     assert torch.equal(model.user.fused(user.vectors, user.mask)[missing], torch.zeros(int(missing.sum()), D))
     before = model.fields(user, item)[:, 0]
@@ -128,14 +128,14 @@ def test_only_ids_without_any_source_read_the_default(sources: int) -> None:
 
 @pytest.mark.parametrize("present", [0, 1, 2])
 def test_an_id_with_one_source_reads_just_that_vector(present: int) -> None:
-    tower, vectors = adaptor(3).user, side(5, 1, 3).vectors
+    tower, vectors = adaptor(3).user, knowledge_of(5, 1, 3).vectors
     mask = (torch.arange(3) == present).expand(5, 3)
     torch.testing.assert_close(tower.fused(vectors, mask), F.normalize(vectors[:, present], dim=1))
 
 
 def test_nothing_known_of_a_whole_batch_trains_without_nan() -> None:
-    model, user, item = adaptor(3, 2), side(5, 1, 3), side(4, 2, 2)
-    user, item = (Knowledge(k.vectors, torch.zeros_like(k.mask), k.rows) for k in (user, item))
+    model, user, item = adaptor(3, 2), knowledge_of(5, 1, 3), knowledge_of(4, 2, 2)
+    user, item = (BatchVectors(k.vectors, torch.zeros_like(k.mask), k.rows) for k in (user, item))
     out = model.fields(user, item)
     out.sum().backward()
     assert model.user.fusion is not None
@@ -146,14 +146,14 @@ def test_nothing_known_of_a_whole_batch_trains_without_nan() -> None:
 
 @pytest.mark.parametrize("sources", SOURCES)
 def test_ids_permuted_with_their_vectors_leave_the_outputs(sources: tuple[int, int]) -> None:
-    model, user, item = adaptor(*sources), side(5, 1, sources[0]), side(4, 2, sources[1])
+    model, user, item = adaptor(*sources), knowledge_of(5, 1, sources[0]), knowledge_of(4, 2, sources[1])
     order = torch.tensor([3, 0, 4, 2, 1])
-    moved = Knowledge(user.vectors[order], user.mask[order], torch.argsort(order)[user.rows])
+    moved = BatchVectors(user.vectors[order], user.mask[order], torch.argsort(order)[user.rows])
     torch.testing.assert_close(model.fields(moved, item), model.fields(user, item))
 
 
 def test_sources_are_told_apart_by_their_slots_alone() -> None:
-    tower, vectors = adaptor(3).user, side(5, 1, 3).vectors
+    tower, vectors = adaptor(3).user, knowledge_of(5, 1, 3).vectors
     mask, order = torch.ones(5, 3, dtype=torch.bool), torch.tensor([2, 0, 1])
     assert tower.fusion is not None
     before, swapped = tower.fused(vectors, mask), tower.fused(vectors[:, order], mask)
@@ -164,7 +164,7 @@ def test_sources_are_told_apart_by_their_slots_alone() -> None:
 
 
 def test_default_query_keys_and_slots_are_learned() -> None:
-    model, user, item = adaptor(3, 2), side(5, 1, 3), side(4, 2, 2)
+    model, user, item = adaptor(3, 2), knowledge_of(5, 1, 3), knowledge_of(4, 2, 2)
     for knowledge in (user, item):
         knowledge.mask[1:] = True
     model.fields(user, item).sum().backward()
@@ -178,8 +178,8 @@ def test_default_query_keys_and_slots_are_learned() -> None:
 
 
 def test_another_number_of_sources_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"2 vectors an id.*built for 3"):
-        adaptor(3, 1).fields(side(5, 1, 2), side(4, 2))
+    with pytest.raises(ValueError, match=r"2 vectors per id.*built for 3"):
+        adaptor(3, 1).fields(knowledge_of(5, 1, 2), knowledge_of(4, 2))
 
 
 def test_size_is_that_of_the_experts_and_of_two_fusions() -> None:

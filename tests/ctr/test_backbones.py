@@ -10,19 +10,29 @@ import torch
 from torch import Tensor, nn
 
 from owlrec.ctr.backbones import BACKBONES
-from owlrec.ctr.backbones.attention import (
+from owlrec.ctr.backbones.networks import (
+    DIEN,
+    DIN,
     FIGNN_STATE_DIM,
+    AttentionalGRU,
     AutoInt,
+    Backbone,
+    BackboneInputs,
     BilinearPairs,
+    CompressedInteraction,
+    CrossNetwork,
+    DCNv1,
+    DCNv2,
+    DeepFM,
     FiBiNET,
     FieldAttention,
     FieldGraph,
     FieldWeights,
     FiGNN,
+    InputShape,
+    XDeepFM,
+    pair_sum,
 )
-from owlrec.ctr.backbones.crosses import CompressedInteraction, CrossNetwork, DCNv1, DCNv2, DeepFM, XDeepFM, pair_sum
-from owlrec.ctr.backbones.interface import Backbone, BackboneInputs, InputShape
-from owlrec.ctr.backbones.sequences import DIEN, DIN, AttentionalGRU
 from owlrec.errors import RecipeError
 
 B, L, E = 6, 4, 5
@@ -64,7 +74,7 @@ def random_fields(n: int, e: int = E, rows: int = 3) -> Tensor:
 class TestEveryBackbone:
     @pytest.mark.parametrize("knowledge_fields", [0, 2])
     @pytest.mark.parametrize("profile_fields", [0, 1])
-    def test_gives_a_logit_a_row(self, name: str, knowledge_fields: int, profile_fields: int) -> None:
+    def test_gives_a_logit_per_row(self, name: str, knowledge_fields: int, profile_fields: int) -> None:
         given = inputs(
             **({} if profile_fields else {"profile": torch.empty(B, 0, E)}),
             **({} if knowledge_fields else {"knowledge": None}),
@@ -134,12 +144,12 @@ def test_din_attends_as_written_in_the_paper() -> None:
     torch.testing.assert_close(weights.sum(1), torch.tensor([0.0, 1, 1, 1, 1, 1]))
     q = given.target[3].flatten()
     scores = []
-    for behaviour in given.history[3, :3]:
-        k = behaviour[:2].flatten()
+    for behavior in given.history[3, :3]:
+        k = behavior[:2].flatten()
         first = (
             model.query.weight @ q
             + model.query.bias
-            + model.key.weight @ behaviour.flatten()
+            + model.key.weight @ behavior.flatten()
             + model.product.weight @ (q * k)
         )
         scores.append(model.score(first).item())
@@ -312,7 +322,7 @@ def test_fignn_adds_the_start_after_each_of_two_steps() -> None:
     states = model.graph.step(start, edges) + start
     states = model.graph.step(states, edges) + start
     for row, nodes in enumerate(states):
-        weights = torch.sigmoid(model.weigh(nodes.flatten()))
+        weights = torch.sigmoid(model.field_gate(nodes.flatten()))
         expected = sum((w * model.score(node)).item() for w, node in zip(weights, nodes, strict=True))
         assert model(given)[row].item() == pytest.approx(expected, abs=1e-5)
 
@@ -342,8 +352,8 @@ def test_dien_attends_to_its_interests_and_reads_them_in_order() -> None:
     model, given = build("dien"), inputs()
     assert isinstance(model, DIEN)
     row, length = 3, 3
-    behaviours = given.history[row, :length].flatten(1).unsqueeze(1)
-    interests, _ = model.extractor(behaviours)
+    behaviors = given.history[row, :length].flatten(1).unsqueeze(1)
+    interests, _ = model.extractor(behaviors)
     e = given.target[row].flatten()
     scores = [(h @ model.key.weight @ e).item() for h in interests[:, 0]]
     total = sum(math.exp(s) for s in scores)

@@ -81,5 +81,5 @@ def test_a_batch_names_each_item_once(toy_world: Any) -> None:
     assert batch.distinct is not None
     rows = batch.distinct.rows
     assert rows.tolist() == sorted(set(rows.tolist()))
-    assert torch.equal(rows[batch.distinct.of_target], batch.items)
-    assert torch.equal(rows[batch.distinct.of_history], batch.history)
+    assert torch.equal(rows[batch.distinct.target_rows], batch.items)
+    assert torch.equal(rows[batch.distinct.history_rows], batch.history)

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from owlrec.ctr.batches import SplitTensors, Tables
+from owlrec.ctr.dataset import open_tables
 from owlrec.ctr.experiment import Trial
 from owlrec.ctr.features import Histories, SampleFeatures
-from owlrec.ctr.knowledge import KnowledgeTable, MappedTable, VectorTable, cascade_slots
-from owlrec.ctr.pca import open_tables
+from owlrec.ctr.knowledge_tables import KnowledgeTable, MappedTable, VectorTable, cascade_slots
 from owlrec.ctr.trainer import tables_of
 from owlrec.encoding.vectors import PARTITIONS, VectorShard, VectorShards, partitions_folder
-from owlrec.schema import shard_of
+from owlrec.ids import shard_of
 from owlrec.workspace import Workspace, shard_file
 
 IDS = np.array([1, 1, 1, 1, 2, 5, 5])
@@ -77,14 +77,14 @@ def test_no_sample_reads_a_text_of_its_moment_or_later(
     runs: list[tuple[int, int]], kept: list[tuple[int, int]], samples: list[tuple[int, int]]
 ) -> None:
     tables = []
-    for of_table in (runs, kept):
-        table = np.array(sorted(of_table), dtype=np.int64).reshape(-1, 2)
+    for keys in (runs, kept):
+        table = np.array(sorted(keys), dtype=np.int64).reshape(-1, 2)
         tables.append(KnowledgeTable(table[:, 0], np.ones((len(table), 1), np.float16), table[:, 1]))
     asked = np.array(samples, dtype=np.int64).reshape(-1, 2)
     for older, slot in enumerate(cascade_slots(*tables)):
-        found = slot.find(asked[:, 0], asked[:, 1])
-        moments = np.full(len(found), -1)
-        moments[found >= 0] = slot.as_of_at(found[found >= 0])
+        places = slot.find(asked[:, 0], asked[:, 1])
+        moments = np.full(len(places), -1)
+        moments[places >= 0] = slot.as_of_at(places[places >= 0])
         for (id_, moment), as_of in zip(samples, moments.tolist(), strict=True):
             earlier = sorted({at for other, at in (*runs, *kept) if other == id_ and at < moment})
             assert as_of == (earlier[-1 - older] if len(earlier) > older else -1)

@@ -7,26 +7,25 @@ import pytest
 import safetensors.torch
 import torch
 
-from owlrec.ctr import trainer
+from owlrec.ctr import model, trainer
 from owlrec.ctr.batches import SplitBatches, Step
 from owlrec.ctr.experiment import CTRConfig, Trial
-from owlrec.ctr.trainer import CheckpointFile, Optimisers, Progress, train_one
+from owlrec.ctr.trainer import CheckpointFile, Optimizers, Progress, train_one
 from owlrec.errors import WorkspaceError
 from owlrec.workspace import Workspace
 
 torch.set_num_threads(1)
-# Dropout, both optimisers (20 items are a large table here), knowledge: all that could be forgotten.
+# Dropout (below), both optimizers (20 items are a large table here), knowledge: all that could be forgotten.
 CONFIG = CTRConfig(
     batch_size=64,
     learning_rate=0.01,
     epochs=3,
     embed_dim=8,
     hidden_dims=(16, 8),
-    dropout=0.2,
 )
 CHECKPOINT_STEPS = 10
 TRIAL = Trial(backbone="din", arm="knowledge", seed=3)
-TRAINING_ROWS, STEPS_AN_EPOCH = 2200, 35
+TRAINING_ROWS, STEPS_PER_EPOCH = 2200, 35
 RESUMED = {(5,): 0, (17,): 1, (35,): 1, (52, 22): 2, (98, 8, 3): 1}
 
 
@@ -40,6 +39,11 @@ class Killed(Exception):
 @pytest.fixture(autouse=True)
 def _a_large_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "SPARSE_ABOVE_ROWS", 15)
+
+
+@pytest.fixture(autouse=True)
+def _dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "DROPOUT", 0.2)
 
 
 @pytest.fixture
@@ -68,18 +72,18 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 @pytest.fixture
 def kill_after(monkeypatch: pytest.MonkeyPatch) -> Killer:
     """Ends training after so many further steps, or never again for 0."""
-    original = Optimisers.step
+    original = Optimizers.step
 
     def arrange(steps: int) -> None:
         left = [steps]
 
-        def step(self: Optimisers) -> None:
+        def step(self: Optimizers) -> None:
             original(self)
             left[0] -= 1
             if left[0] == 0:
                 raise Killed
 
-        monkeypatch.setattr(Optimisers, "step", step)
+        monkeypatch.setattr(Optimizers, "step", step)
 
     return arrange
 
@@ -95,7 +99,7 @@ def test_killed_trial_ends_bit_for_bit_as_an_undisturbed_one(
     data = toy_world.data
     whole = train_one(TRIAL, data, CONFIG)
     undisturbed = list(rows)
-    assert len(undisturbed) == CONFIG.epochs * STEPS_AN_EPOCH
+    assert len(undisturbed) == CONFIG.epochs * STEPS_PER_EPOCH
     checkpoint = CheckpointFile(workspace, "ctr/checkpoint.safetensors", CHECKPOINT_STEPS)
     saved = 0
     for steps in kills:
@@ -125,7 +129,7 @@ def test_checkpoint_of_another_model_is_refused(workspace: Workspace, toy_world:
         train_one(TRIAL, toy_world.data, CONFIG, checkpoint=checkpoint)
     kill_after(0)
     for changes in ({"embed_dim": 4}, {"learning_rate": 0.02}):
-        with pytest.raises(WorkspaceError, match=r"is the checkpoint of another model or of other data\. Delete it"):
+        with pytest.raises(WorkspaceError, match="checkpoint of another model or of other data"):
             train_one(TRIAL, toy_world.data, CONFIG.model_copy(update=changes), checkpoint=checkpoint)
     other = TRIAL.model_copy(update={"seed": 4})
     with pytest.raises(WorkspaceError, match="another model"):
@@ -138,14 +142,14 @@ def test_damage_is_told(workspace: Workspace) -> None:
     checkpoint = CheckpointFile(workspace, "c", 10, "print")
     assert checkpoint.load() is None
     checkpoint.save(Progress(epoch=2, batches=7, steps=41), {"a/b": torch.arange(3)})
-    found = checkpoint.load()
-    assert found is not None
-    assert (found[0].epoch, found[0].batches, found[0].steps, found[0].resumed) == (2, 7, 41, 1)
-    assert found[1]["a/b"].tolist() == [0, 1, 2]
+    loaded = checkpoint.load()
+    assert loaded is not None
+    assert (loaded[0].epoch, loaded[0].batches, loaded[0].steps, loaded[0].resumed) == (2, 7, 41, 1)
+    assert loaded[1]["a/b"].tolist() == [0, 1, 2]
     data = workspace.read_bytes("c")
     for damaged in (data[:-4], data[:20], b"", safetensors.torch.save({"a": torch.zeros(2)})):
         workspace.write_bytes("c", damaged)
-        with pytest.raises(WorkspaceError, match=r"no readable checkpoint.*Delete it"):
+        with pytest.raises(WorkspaceError, match=r"not a readable checkpoint.*Delete it"):
             checkpoint.load()
     checkpoint.delete()
     assert checkpoint.load() is None

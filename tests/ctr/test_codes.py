@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from owlrec.ctr.adaptor import CodeTower, code_sizes
 from owlrec.ctr.batches import SplitTensors, Tables
 from owlrec.ctr.experiment import CTRConfig, Trial
-from owlrec.ctr.knowledge import Arm, KnowledgeTable
-from owlrec.ctr.model import CTRModel, ModelSpec
+from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable
+from owlrec.ctr.model import CodeTower, CTRModel, ModelSpec, code_sizes
 from owlrec.ctr.trainer import TrainingData, train_one
-from owlrec.encoding.semantic_ids import SemanticIdConfig, code_vectors, train_quantiser
+from owlrec.encoding.compression import SemanticIdConfig, code_vectors, train_quantizer
 from owlrec.errors import SchemaError
 
 torch.set_num_threads(1)
@@ -25,16 +24,16 @@ def trial(arm: Arm, backbone: str = "din", seed: int = 0) -> Trial:
 
 
 def coded(table: KnowledgeTable) -> KnowledgeTable:
-    quantiser = train_quantiser(table.vectors, IDS)
-    codes = code_vectors(quantiser, table.ids, table.vectors)[:, :-1]
-    return KnowledgeTable(table.ids, table.vectors, codes=codes, code_sizes=tuple(quantiser.sizes))
+    quantizer = train_quantizer(table.vectors, IDS)
+    codes = code_vectors(quantizer, table.ids, table.vectors)[:, :-1]
+    return KnowledgeTable(table.ids, table.vectors, codes=codes, code_sizes=tuple(quantizer.sizes))
 
 
 @pytest.fixture(scope="module")
 def data(toy_world: Any) -> TrainingData:
-    sides = {side: coded(table) for side, table in zip(("user", "item"), toy_world.vectors, strict=True)}
+    kind_tables = {kind: coded(table) for kind, table in zip(("user", "item"), toy_world.vectors, strict=True)}
     metadata = dict(zip(("user", "item"), toy_world.vectors, strict=True))
-    return TrainingData(toy_world.data.features, {"knowledge": sides, "metadata": metadata})
+    return TrainingData(toy_world.data.features, {"knowledge": kind_tables, "metadata": metadata})
 
 
 @pytest.mark.parametrize("backbone", ["din", "dcnv2", "deepfm"])
@@ -63,9 +62,9 @@ def test_a_level_has_its_own_embeddings_and_their_sum_is_the_field() -> None:
 def test_shuffling_hands_codes_and_vectors_to_the_same_wrong_ids(data: TrainingData) -> None:
     tables, own = data.tables(trial("shuffled+codes", seed=3)), data.knowledge["knowledge"]
     assert tables is not None
-    for (table,), side in ((tables.users, "user"), (tables.items, "item")):
-        ids = own[side].ids
-        (before, _), codes_before = own[side].gather(ids), own[side].gather_codes(ids)
+    for (table,), kind in ((tables.users, "user"), (tables.items, "item")):
+        ids = own[kind].ids
+        (before, _), codes_before = own[kind].gather(ids), own[kind].gather_codes(ids)
         (vectors, _), codes = table.gather(ids), table.gather_codes(ids)
         code_of = {v.tobytes(): c.tolist() for v, c in zip(before, codes_before, strict=True)}
         assert codes.tolist() == [code_of[v.tobytes()] for v in vectors]
@@ -92,7 +91,7 @@ def test_the_users_fields_come_first_whatever_the_form(data: TrainingData) -> No
     sizes = {"user_codes": code_sizes(tables.users), "item_codes": code_sizes(tables.items)}
     model = CTRModel(ModelSpec.of(data.features.spec, "din", tables.dim, CONFIG, **sizes), data.features.items).eval()
     batch = SplitTensors(data.features.splits["test"].whole(), tables, "cpu").batch(torch.arange(5))
-    fields = model.adapted(batch)
+    fields = model.adaptor_fields(batch)
     assert fields is not None
     assert model.adaptor is not None
     assert batch.user_codes is not None
@@ -117,5 +116,5 @@ def test_vectors_without_codes_are_refused(data: TrainingData) -> None:
     table = data.knowledge["knowledge"]["user"]
     spec = ModelSpec.of(data.features.spec, "din", 0, CONFIG, user_codes=(4, 4), item_codes=(4, 4))
     batch = SplitTensors(data.features.splits["test"].whole(), Tables((table,), (table,)), "cpu").batch(torch.arange(3))
-    with pytest.raises(ValueError, match="give its batches the codes"):
+    with pytest.raises(ValueError, match="batches need codes"):
         CTRModel(spec, data.features.items)(batch)

@@ -5,26 +5,24 @@ from typing import Any
 import numpy as np
 from worlds import write_vectors, write_world
 
-from owlrec.ctr.artifact import write_artifact
-from owlrec.ctr.dataset import encode_tables, open_features
+from owlrec.ctr.artifact import CtrScorer, LiveState, TableKnowledge, write_artifact
+from owlrec.ctr.dataset import encode_tables, open_features, open_tables, reduce_once
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder, read_grid_scores
-from owlrec.ctr.pca import open_tables, reduce_once
-from owlrec.ctr.scoring import LiveState, Scorer, TableKnowledge
 from owlrec.ctr.trainer import TrainingData, export_trial, train_one
 from owlrec.workspace import Workspace
 
 CONFIG = CTRConfig(batch_size=128, learning_rate=0.01, epochs=1, embed_dim=8, hidden_dims=(16, 8))
-GRID, SIDES = "cafe" * 16, ("user", "item")
+GRID, KINDS = "cafe" * 16, ("user", "item")
 TRIAL = Trial(backbone="din", arm="knowledge", seed=0)
 
 
 def figures(workspace: Workspace, world: Any) -> tuple[Any, np.ndarray, np.ndarray]:
     """Test metrics, the scores that were stored, and scores of the artifact."""
     write_world(workspace, world, n_shards=4)
-    for side, table in zip(SIDES, world.vectors, strict=True):
-        write_vectors(workspace, "vectors/abc", f"knowledge-{side}", table)
+    for kind, table in zip(KINDS, world.vectors, strict=True):
+        write_vectors(workspace, "vectors/abc", f"knowledge-{kind}", table)
     encode_tables(workspace, grid_folder(GRID), attributes=["genres"], profile=["gender"], min_item_count=1)
-    folders = reduce_once(workspace, {"knowledge": dict.fromkeys(SIDES, "vectors/abc")}, 4, GRID)
+    folders = reduce_once(workspace, {"knowledge": dict.fromkeys(KINDS, "vectors/abc")}, 4, GRID)
     data = TrainingData(open_features(workspace, grid_folder(GRID)), open_tables(workspace, folders, held=False))
     trained = train_one(TRIAL, data, CONFIG)
     export_trial(workspace, GRID, trained)
@@ -35,7 +33,7 @@ def figures(workspace: Workspace, world: Any) -> tuple[Any, np.ndarray, np.ndarr
     folder = write_artifact(workspace, GRID, TRIAL, data.features.items, projection=folders["knowledge"]["user"])
     assert workspace.exists(folder, "projection.json")
     assert len(workspace.names(folder, "profiles")) == 4
-    scorer = Scorer.open(workspace, folder)
+    scorer = CtrScorer.open(workspace, folder)
     scores = scorer.score(3, range(20), LiveState(scorer.model, TableKnowledge(tables)))
     return trained.result.test, stored.scores[TRIAL.path], scores
 

@@ -20,7 +20,8 @@ from owlrec.ctr.experiment import CTRConfig, DistillationConfig, SoftLabels, Tri
 from owlrec.ctr.features import Features, SampleFeatures, Split
 from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.errors import SchemaError
-from owlrec.schema import SAMPLE_ROWS, SOFT_LABELS, shard_of
+from owlrec.ids import shard_of
+from owlrec.schema import SAMPLE_ROWS, SOFT_LABELS
 from owlrec.workspace import Workspace, shard_file
 
 torch.set_num_threads(1)
@@ -130,23 +131,23 @@ def test_encoded_samples_carry_blended_labels_and_weights(workspace: Workspace, 
     whole = features.splits["train"].whole()
     assert len(whole) == 110 * 20 + 15
     label = dict(zip(zip(*keys[:2], strict=True), train["label"].to_numpy(), strict=True))
-    told = dict(zip(zip(*keys[:2], strict=True), p, strict=True))
+    probability = dict(zip(zip(*keys[:2], strict=True), p, strict=True))
     taught = 0
     for user, item, got, weight in zip(whole.user_ids, whole.item_ids, whole.labels, whole.weights, strict=True):
         key = (user, item)
         if item == 99:
             assert (got, weight) == (pytest.approx(user / 14), 0.25)
-        elif key in told:
+        elif key in probability:
             taught += 1
-            assert (got, weight) == (pytest.approx(0.75 * label[key] + 0.25 * told[key], abs=1e-6), 1.0)
+            assert (got, weight) == (pytest.approx(0.75 * label[key] + 0.25 * probability[key], abs=1e-6), 1.0)
         else:
             assert got in (0.0, 1.0)
             assert weight == 1.0
     assert taught == 300
     for split in ("valid", "test"):
-        judged = features.splits[split].whole()
-        assert set(judged.labels.tolist()) == {0.0, 1.0}
-        assert set(judged.weights.tolist()) == {1.0}
+        scored = features.splits[split].whole()
+        assert set(scored.labels.tolist()) == {0.0, 1.0}
+        assert set(scored.weights.tolist()) == {1.0}
 
 
 def test_encoded_samples_keep_the_weights_of_their_interactions(workspace: Workspace, toy_world: Any) -> None:
@@ -154,11 +155,11 @@ def test_encoded_samples_keep_the_weights_of_their_interactions(workspace: Works
     world = replace(toy_world, samples=toy_world.samples.append_column("weight", pa.array(weights)))
     features = encoded(workspace, world, soft((3, 5, MOMENT, 0.5)))
     keys = zip(*(world.samples[name].to_numpy() for name in KEY[:2]), strict=True)
-    of = dict(zip(keys, weights.tolist(), strict=True))
+    expected_weight = dict(zip(keys, weights.tolist(), strict=True))
     train = features.splits["train"].whole()
     got = dict(zip(zip(train.user_ids, train.item_ids, strict=True), train.weights.tolist(), strict=True))
     assert len(got) == 110 * 20
-    assert all(of[key] == weight for key, weight in got.items())
+    assert all(expected_weight[key] == weight for key, weight in got.items())
 
 
 def test_the_counts_of_items_are_those_of_logged_interactions(workspace: Workspace, toy_world: Any) -> None:
@@ -195,8 +196,8 @@ def test_the_heavier_of_two_opposite_samples_is_learned(toy_world: Any) -> None:
     labels = np.concatenate([whole.labels, 1 - whole.labels])
     config = CTRConfig(batch_size=64, learning_rate=0.01, epochs=1, embed_dim=8, hidden_dims=(16, 8))
 
-    def test_auc(of_true: float, of_false: float) -> float:
-        weights = np.repeat(np.array([of_true, of_false], np.float32), len(whole))
+    def test_auc(true_weight: float, false_weight: float) -> float:
+        weights = np.repeat(np.array([true_weight, false_weight], np.float32), len(whole))
         train = Split.of(replace(twice, labels=labels, weights=weights))
         features = replace(data.features, splits={**data.features.splits, "train": train})
         trial = Trial(backbone="dcnv2", arm="knowledge", seed=0)

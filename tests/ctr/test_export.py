@@ -83,7 +83,7 @@ def test_weights_of_another_model_are_refused(workspace: Workspace, toy_world: A
     ]
     other = workspace.read_bytes(f"{folders[1]}/model.safetensors")
     workspace.write_bytes(f"{folders[0]}/model.safetensors", other)
-    with pytest.raises(WorkspaceError, match=r"do not belong together(.|\n)*train_ctr"):
+    with pytest.raises(WorkspaceError, match=r"do not match(.|\n)*train_ctr"):
         load_trial(workspace, folders[0], data.features.items)
     workspace.write_bytes(f"{folders[0]}/model.safetensors", other[:20])
     with pytest.raises(WorkspaceError, match="train_ctr"):

@@ -22,8 +22,8 @@ ITEMS = pa.table(
 
 def samples(*rows: tuple[int, int, float, list[int], list[float | None], str]) -> pa.Table:
     user, item, label, history, ratings, split = (list(column) for column in zip(*rows, strict=True))
-    told = [[1.0] * len(items) for items in history]
-    return pa.table([user, item, label, [0] * len(rows), history, ratings, told, split], schema=SAMPLES)
+    outcomes = [[1.0] * len(items) for items in history]
+    return pa.table([user, item, label, [0] * len(rows), history, ratings, outcomes, split], schema=SAMPLES)
 
 
 TABLE = samples(
@@ -37,7 +37,7 @@ TABLE = samples(
 
 
 def build(**changes: object) -> Features:
-    options: dict = {"attributes": ["genres", "colour", "year"], "profile": ["gender", "age"], "min_item_count": 1}
+    options: dict = {"attributes": ["genres", "color", "year"], "profile": ["gender", "age"], "min_item_count": 1}
     return build_features(USERS, ITEMS, TABLE, **{**options, **changes})
 
 
@@ -103,7 +103,7 @@ def test_an_empty_valid_split_is_refused() -> None:
         build_features(USERS, ITEMS, table, attributes=[], profile=[], min_item_count=1)
 
 
-def test_soft_labels_are_learned_from_and_judged_as_classes() -> None:
+def test_soft_labels_are_learned_from_and_evaluated_as_classes() -> None:
     more = [samples((1, 10, 0.75, [], [], split), (1, 10, 0.25, [], [], split)) for split in ("train", "valid")]
     splits = build_features(
         USERS, ITEMS, pa.concat_tables([TABLE, *more]), attributes=[], profile=[], min_item_count=1
@@ -115,12 +115,12 @@ def test_soft_labels_are_learned_from_and_judged_as_classes() -> None:
 @pytest.mark.parametrize("label", [2.0, -1.0, float("nan"), None])
 def test_a_label_outside_zero_to_one_is_refused(label: float | None) -> None:
     table = pa.concat_tables([TABLE, samples((1, 10, label, [], [], "train"))])  # type: ignore[arg-type]
-    with pytest.raises(SchemaError, match=f"split 'train' has the label {label}; .* lie in"):
+    with pytest.raises(SchemaError, match=f"split 'train' has the label {label}; .* be in"):
         build_features(USERS, ITEMS, table, attributes=[], profile=[], min_item_count=1)
 
 
 def test_misaligned_ratings_are_refused() -> None:
     features = build()
     bad = samples((1, 10, 1, [10, 20], [1], "train"))
-    with pytest.raises(SchemaError, match="differ in length"):
+    with pytest.raises(SchemaError, match="differs in length"):
         encode_samples(bad, USERS, features.items, features.vocabularies, 3)

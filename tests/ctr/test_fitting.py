@@ -14,9 +14,9 @@ from two_ranks import be_a_rank, run_two_ranks  # type: ignore[import-not-found]
 from owlrec.ctr import trainer
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitBatches, SplitTensors
-from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, Trial
+from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import Split
-from owlrec.ctr.knowledge import Arm, KnowledgeTable
+from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.ctr.trainer import Epochs, TrainingData, Worker, score, train_one
 from owlrec.errors import RecipeError, SchemaError
@@ -58,16 +58,15 @@ def test_same_seed_same_result_other_seed_another(data: TrainingData) -> None:
 
 def test_slices_part_the_test_rows_and_calibration_is_measured(data: TrainingData) -> None:
     # Narrower experts order all rows right in an epoch whose scores are still near .5, and early stopping keeps it.
-    config = CONFIG.model_copy(update={"adaptor": AdaptorConfig(hidden_dim=64)})
+    config = CONFIG.model_copy(update={"expert_dim": 64})
     result = train_one(trial("knowledge"), data, config).result
     rows = len(data.features.splits["test"])
-    # The toy world's histories have 0 to 4 behaviours, and every item occurs in training more than a hundred times.
+    # The toy world's histories have 0 to 4 behaviors, and every item occurs in training more than a hundred times.
     assert result.slices.keys() == {"cold users", "warm items", "history 0", "history 1-2", "history 3-5"}
     assert result.slices["cold users"].rows == result.slices["warm items"].rows == rows
     assert result.slices["warm items"].auc == result.test.auc
     assert result.slices["warm items"].log_loss == result.test.log_loss
     assert sum(result.slices[f"history {lengths}"].rows for lengths in ("0", "1-2", "3-5")) == rows
-    assert result.test.calibration_error is not None
     assert 0 <= result.test.calibration_error < 0.2
 
 
@@ -107,7 +106,7 @@ def test_arm_without_vectors_is_refused(data: TrainingData) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arm", "source", "side", "message"),
+    ("arm", "source", "kind", "message"),
     [
         ("knowledge", "knowledge", "item", "users have 8 .* knowledge vectors of items have 3"),
         ("both", "collective", "user", "users have 8 .* collective vectors of users have 3"),
@@ -115,19 +114,19 @@ def test_arm_without_vectors_is_refused(data: TrainingData) -> None:
     ],
 )
 def test_vectors_of_two_encoders_are_refused(
-    data: TrainingData, arm: Arm, source: str, side: str, message: str
+    data: TrainingData, arm: Arm, source: str, kind: str, message: str
 ) -> None:
-    table = data.knowledge[source][side]
-    narrow = {**data.knowledge[source], side: KnowledgeTable(table.ids, table.vectors[:, :3])}
+    table = data.knowledge[source][kind]
+    narrow = {**data.knowledge[source], kind: KnowledgeTable(table.ids, table.vectors[:, :3])}
     with pytest.raises(SchemaError, match=message):
         TrainingData(data.features, {**data.knowledge, source: narrow}).tables(trial(arm))
 
 
 def test_a_batch_holds_the_sources_of_each_id_in_their_order(data: TrainingData) -> None:
-    sides = data.knowledge["knowledge"]
-    users, items = sides["user"], sides["item"]
+    kind_tables = data.knowledge["knowledge"]
+    users, items = kind_tables["user"], kind_tables["item"]
     cohort = KnowledgeTable(users.ids[::2], users.vectors[1::2])  # of every other user
-    given = {"knowledge": sides, "collective": {"user": cohort, "item": items}}
+    given = {"knowledge": kind_tables, "collective": {"user": cohort, "item": items}}
     tables = TrainingData(data.features, given).tables(trial("both"))
     rows = torch.arange(0, 400, 7)
     batch = SplitTensors(data.features.splits["test"].whole(), tables, "cpu").batch(rows)
@@ -144,11 +143,11 @@ def test_a_batch_holds_the_sources_of_each_id_in_their_order(data: TrainingData)
 
 
 def test_a_vector_that_is_no_number_is_refused_with_its_id(data: TrainingData) -> None:
-    sides = data.knowledge["knowledge"]
-    vectors = sides["user"].vectors.copy()
+    kind_tables = data.knowledge["knowledge"]
+    vectors = kind_tables["user"].vectors.copy()
     vectors[7, 3] = np.nan
-    broken = {"knowledge": {**sides, "user": KnowledgeTable(sides["user"].ids, vectors)}}
-    with pytest.raises(SchemaError, match="vector of id 7 has a component that is not a finite number"):
+    broken = {"knowledge": {**kind_tables, "user": KnowledgeTable(kind_tables["user"].ids, vectors)}}
+    with pytest.raises(SchemaError, match="vector of id 7 has a component that is not finite"):
         train_one(trial("knowledge"), TrainingData(data.features, broken), CONFIG)
 
 
@@ -162,7 +161,10 @@ def test_bfloat16_learns_what_float32_learns(data: TrainingData, backbone: str) 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_table_may_be_a_large_one(data: TrainingData, backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "SPARSE_ABOVE_ROWS", 0)
-    config = CONFIG.model_copy(update={"epochs": 4, "table_learning_rate": 0.05})
+    monkeypatch.setattr(
+        trainer, "TABLE_LEARNING_RATE", 0.05
+    )  # as the toy world's dense weights, it learns in few steps
+    config = CONFIG.model_copy(update={"epochs": 4})
     assert train_one(trial("knowledge", backbone), data, config).result.test.auc > 0.95
 
 
@@ -172,8 +174,8 @@ def test_shuffled_permutes_the_vectors_of_each_side_by_the_trials_seed(data: Tra
     for seed in (0, 3):
         tables = TrainingData(data.features, given).tables(trial("shuffled", seed=seed))
         assert tables is not None
-        for side, (table,) in (("user", tables.users), ("item", tables.items)):
-            own = given[source][side]
+        for kind, (table,) in (("user", tables.users), ("item", tables.items)):
+            own = given[source][kind]
             np.testing.assert_array_equal(table.gather(own.ids)[0], own.shuffled(seed).gather(own.ids)[0])
 
 
@@ -192,9 +194,9 @@ def test_two_sources_tell_together_what_neither_tells_alone(toy_world: Any) -> N
     label = (item % 2 == 0) == (signals.sum(axis=0) > 0)[user]
     column = toy_world.samples.column_names.index("label")
     samples = toy_world.samples.set_column(column, "label", pa.array(label).cast(toy_world.samples["label"].type))
-    sides = [{"user": KnowledgeTable(np.arange(n_users), v), "item": toy_world.vectors[1]} for v in vectors]
+    kind_tables = [{"user": KnowledgeTable(np.arange(n_users), v), "item": toy_world.vectors[1]} for v in vectors]
     features = dataclasses.replace(toy_world, samples=samples).data.features
-    data = TrainingData(features, {"knowledge": sides[0], "collective": sides[1]})
+    data = TrainingData(features, {"knowledge": kind_tables[0], "collective": kind_tables[1]})
     arms: tuple[Arm, ...] = ("knowledge", "collective", "both")
     config = CONFIG.model_copy(update={"epochs": 10, "patience": 10})  # like an exclusive or, it is learnt late
     auc = {arm: train_one(trial(arm), data, config).result.test.auc for arm in arms}
@@ -234,6 +236,7 @@ def _odd(split: Split) -> Split:
     return Split.of(samples.take(slice(len(samples) - (len(samples) % 2 == 0))))
 
 
+@pytest.mark.process
 def test_two_ranks_train_and_score_as_one(data: TrainingData, tmp_path: Path) -> None:
     (tmp_path / "data.pickle").write_bytes(pickle.dumps(data))
     run_two_ranks(__file__, tmp_path)

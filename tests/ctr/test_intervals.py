@@ -13,9 +13,9 @@ from owlrec.evaluation import Interval, WeightedAUC, auc, bootstrap_aucs, percen
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=40))
 def test_integer_weights_are_repeated_rows(rows: list[tuple[int, int, int]]) -> None:
     labels, scores, weights = (np.array(column) for column in zip(*rows, strict=True))
-    found = WeightedAUC(labels, scores, np.arange(len(rows)))(weights.astype(float))
+    weighted = WeightedAUC(labels, scores, np.arange(len(rows)))(weights.astype(float))
     repeated = auc(np.repeat(labels, weights), np.repeat(scores, weights))
-    assert found == pytest.approx(repeated, nan_ok=True)
+    assert weighted == pytest.approx(repeated, nan_ok=True)
 
 
 def test_weights_of_ones_give_the_plain_auc_whatever_the_groups() -> None:
@@ -30,9 +30,9 @@ def test_a_resample_is_the_auc_of_the_drawn_users_rows() -> None:
     labels, scores = rng.integers(0, 2, 60), rng.integers(0, 9, 60)
     [[first], [second]] = bootstrap_aucs(labels, [scores], users, resamples=2, seed=5)
     draws = np.random.default_rng(5)
-    for found in (first, second):
+    for resampled in (first, second):
         rows = np.concatenate([np.flatnonzero(users == np.array([7, 50, 900])[u]) for u in draws.integers(0, 3, 3)])
-        assert found == pytest.approx(auc(labels[rows], scores[rows]), nan_ok=True)
+        assert resampled == pytest.approx(auc(labels[rows], scores[rows]), nan_ok=True)
 
 
 def test_a_seed_gives_the_same_resamples_and_the_same_to_all_scores() -> None:
@@ -46,10 +46,10 @@ def test_a_seed_gives_the_same_resamples_and_the_same_to_all_scores() -> None:
 
 def clustered(rng: np.random.Generator, users: int = 60, rows: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels, scores and users: a score's use, a sign, is shared by a user's rows."""
-    of_row = np.repeat(np.arange(users), rows)
+    user = np.repeat(np.arange(users), rows)
     labels = rng.integers(0, 2, users * rows)
-    use = rng.choice([1.5, -0.5], users)[of_row]
-    return labels, use * labels + rng.normal(size=users * rows), of_row
+    use = rng.choice([1.5, -0.5], users)[user]
+    return labels, use * labels + rng.normal(size=users * rows), user
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
@@ -92,11 +92,11 @@ def test_percentiles_by_hand() -> None:
 
 def test_what_cannot_have_an_interval_is_refused() -> None:
     labels, scores = np.array([0, 1]), np.array([0.2, 0.3])
-    with pytest.raises(ValueError, match="one user a row"):
+    with pytest.raises(ValueError, match="one user per row"):
         bootstrap_aucs(labels, [scores], np.arange(3))
     with pytest.raises(ValueError, match="1 users in 1000 resamples"):
         bootstrap_aucs(labels, [scores], np.zeros(2))
     with pytest.raises(ValueError, match="0 values for a level"):
         percentile_interval(np.array([math.nan]))
-    with pytest.raises(ValueError, match="one score a label"):
+    with pytest.raises(ValueError, match="one score per label"):
         bootstrap_aucs(labels, [np.ones(3)], np.arange(2))

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from worlds import write_vectors
 
-from owlrec.ctr import knowledge
-from owlrec.ctr.knowledge import KnowledgeTable, MappedTable, VectorTable, open_vectors
+from owlrec.ctr import knowledge_tables
+from owlrec.ctr.knowledge_tables import KnowledgeTable, MappedTable, VectorTable, open_vectors
 from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.schema import shard_of
+from owlrec.ids import shard_of
 from owlrec.workspace import Workspace
 
 IDS = np.array([10, 30, 2**62])
@@ -35,7 +35,7 @@ def forms(workspace: Workspace) -> list[VectorTable]:
 def test_small_tables_are_held_and_large_ones_mapped(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = on_disk(workspace)
     assert isinstance(open_vectors(shards), KnowledgeTable)
-    monkeypatch.setattr(knowledge, "_HELD_BYTES", {"user": 100})
+    monkeypatch.setattr(knowledge_tables, "_HELD_BYTES", {"user": 100})
     assert isinstance(open_vectors(shards), MappedTable)
 
 
@@ -60,7 +60,7 @@ def test_codes_are_left_out_or_refused(workspace: Workspace) -> None:
     for held in (True, False):
         with pytest.raises(SchemaError, match="no semantic ids"):
             open_vectors(shards, held=held).gather_codes(np.array([1]))
-    with pytest.raises(SchemaError, match="rows have 3 codes; 3 and a duplicate digit are meant"):
+    with pytest.raises(SchemaError, match="rows have 3 codes; expected 3 and a duplicate digit"):
         open_vectors(shards, (4, 300, 4))
 
 

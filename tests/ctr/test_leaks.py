@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from owlrec.ctr.batches import SplitTensors, Tables
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import Grades, Vocabularies, encode_items, encode_samples
-from owlrec.ctr.knowledge import KnowledgeTable
+from owlrec.ctr.knowledge_tables import KnowledgeTable
 from owlrec.ctr.trainer import TrainingData, train_one
-from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.inputs import Members, Resources
-from owlrec.encoding.vectors import VectorShard
+from owlrec.encoding.vectors import EncoderConfig, VectorShard
 from owlrec.errors import SchemaError
-from owlrec.schema import COHORTS, INTERACTIONS, stable_id
+from owlrec.ids import stable_id
+from owlrec.schema import COHORTS, INTERACTIONS
 from owlrec.sources.outcomes import Labels
 from owlrec.sources.splits import SplitConfig, build_samples
 from owlrec.workspace import Workspace
@@ -56,12 +56,12 @@ def read_by(samples: pa.Table, users: KnowledgeTable, items: KnowledgeTable) -> 
         samples, pa.table({"user_id": none}), encode_items([ITEMS], vocabularies), vocabularies, 5
     )
     batch = SplitTensors(features, Tables((users,), (items,)), "cpu").batch(torch.arange(len(features)))
-    found = []
+    moments = []
     for ids, known in ((features.user_ids, batch.user), (features.item_ids, batch.item)):
         vectors, mask = known.vectors[known.rows][:, 0], known.mask[known.rows][:, 0]
         assert (vectors[mask][:, 0].numpy() == ids[mask.numpy()]).all()  # of nobody else
-        found.append(np.where(mask.numpy(), np.rint(vectors[:, 1].numpy() * HOUR), -1).astype(np.int64))
-    return found[0], found[1]
+        moments.append(np.where(mask.numpy(), np.rint(vectors[:, 1].numpy() * HOUR), -1).astype(np.int64))
+    return moments[0], moments[1]
 
 
 @settings(max_examples=150, deadline=None)
@@ -86,11 +86,11 @@ def test_no_sample_reads_a_text_as_late_as_itself(
             any((row["user_id"], i, t) in times for t in range(HOUR, row["as_of"] + 1, HOUR)) for i in row["items"]
         )
     texts |= {(user, hour * HOUR) for user, hour in imported}
-    of_items = {(item, 0) for item in range(N_ITEMS)} | {(item, hour * HOUR) for item, hour in refreshed}
-    user_as_of, item_as_of = read_by(tables.samples, table_of(texts), table_of(of_items))
+    item_texts = {(item, 0) for item in range(N_ITEMS)} | {(item, hour * HOUR) for item, hour in refreshed}
+    user_as_of, item_as_of = read_by(tables.samples, table_of(texts), table_of(item_texts))
     rows = tables.samples.select(["user_id", "item_id", "timestamp"]).to_pylist()
-    for row, of_user, of_item in zip(rows, user_as_of.tolist(), item_as_of.tolist(), strict=True):
-        for known, id_, as_of in ((texts, row["user_id"], of_user), (of_items, row["item_id"], of_item)):
+    for row, user_text, item_text in zip(rows, user_as_of.tolist(), item_as_of.tolist(), strict=True):
+        for known, id_, as_of in ((texts, row["user_id"], user_text), (item_texts, row["item_id"], item_text)):
             assert as_of == max([t for i, t in known if i == id_ and t < row["timestamp"]], default=-1)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from owlrec.evaluation import auc, equal_mass_calibration_error, gauc, log_loss, relative_improvement
+from owlrec.evaluation import auc, calibration_error, gauc, log_loss, relative_improvement
 
 
 def test_auc_by_hand() -> None:
@@ -39,9 +39,9 @@ def test_single_class_is_nan(labels: list[int]) -> None:
 
 
 def test_lengths_must_agree() -> None:
-    with pytest.raises(ValueError, match="one score a label"):
+    with pytest.raises(ValueError, match="one score per label"):
         auc(np.ones(3), np.ones(2))
-    with pytest.raises(ValueError, match="one user a row"):
+    with pytest.raises(ValueError, match="one user per row"):
         gauc(np.ones(3), np.ones(3), np.ones(2))
 
 
@@ -67,9 +67,9 @@ def test_gauc_of_an_amazon_sized_split_equals_the_definition_within_a_second() -
     users = rng.permutation(np.arange(385_000) % 192_000)
     labels, scores = rng.integers(0, 2, 385_000), rng.integers(0, 50, 385_000) / 50
     started = time.thread_time()
-    found = gauc(labels, scores, users)
+    value = gauc(labels, scores, users)
     assert time.thread_time() - started < 1  # of CPU: a busy machine is no failure
-    assert found == pytest.approx(gauc_by_loops(labels, scores, users), abs=1e-9)
+    assert value == pytest.approx(gauc_by_loops(labels, scores, users), abs=1e-9)
 
 
 def test_relative_improvement_counts_from_chance() -> None:
@@ -81,12 +81,12 @@ def test_relative_improvement_counts_from_chance() -> None:
 def test_calibration_error_by_hand() -> None:
     labels, p = np.array([0, 0, 1, 1, 1, 0]), np.array([0.1, 0.2, 0.3, 0.6, 0.9, 0.8])
     # Halves of three rows: (.1, .2, .3) predict .6 clicks where 1 came, (.6, .8, .9) 2.3 where 2 came.
-    assert equal_mass_calibration_error(labels, p, bins=2) == pytest.approx((0.4 + 0.3) / 6)
-    assert equal_mass_calibration_error(labels, p, bins=1) == pytest.approx(0.1 / 6)
-    assert equal_mass_calibration_error(np.ones(4), np.full(4, 0.7)) == pytest.approx(0.3)
-    assert math.isnan(equal_mass_calibration_error(np.array([]), np.array([])))
+    assert calibration_error(labels, p, bins=2) == pytest.approx((0.4 + 0.3) / 6)
+    assert calibration_error(labels, p, bins=1) == pytest.approx(0.1 / 6)
+    assert calibration_error(np.ones(4), np.full(4, 0.7)) == pytest.approx(0.3)
+    assert math.isnan(calibration_error(np.array([]), np.array([])))
     with pytest.raises(ValueError, match="bins is 0"):
-        equal_mass_calibration_error(labels, p, bins=0)
+        calibration_error(labels, p, bins=0)
 
 
 def test_calibration_error_is_that_of_equal_bins_and_blind_to_the_order_of_rows() -> None:
@@ -95,13 +95,13 @@ def test_calibration_error_is_that_of_equal_bins_and_blind_to_the_order_of_rows(
     labels = (rng.random(1500) < p**2).astype(float)
     in_order = np.argsort(p).reshape(15, 100)
     expected = np.mean([abs(labels[rows].mean() - p[rows].mean()) for rows in in_order])
-    assert equal_mass_calibration_error(labels, p) == pytest.approx(expected)
+    assert calibration_error(labels, p) == pytest.approx(expected)
     coarse, order = np.round(p, 1), rng.permutation(1500)
-    once, again = (equal_mass_calibration_error(labels[rows], coarse[rows]) for rows in (order, np.arange(1500)))
+    once, again = (calibration_error(labels[rows], coarse[rows]) for rows in (order, np.arange(1500)))
     assert once == pytest.approx(again)
 
 
-@pytest.mark.parametrize("metric", [auc, log_loss, equal_mass_calibration_error, lambda y, s: gauc(y, s, np.zeros(3))])
+@pytest.mark.parametrize("metric", [auc, log_loss, calibration_error, lambda y, s: gauc(y, s, np.zeros(3))])
 @pytest.mark.parametrize(
     ("labels", "scores", "message"),
     [
@@ -118,7 +118,7 @@ def test_no_label_and_no_score_are_refused(
 
 
 def test_logits_are_no_probabilities() -> None:
-    for metric in (log_loss, equal_mass_calibration_error):
+    for metric in (log_loss, calibration_error):
         with pytest.raises(ValueError, match=r"row 0: probability is -0.5"):
             metric(np.array([0, 1]), np.array([-0.5, 0.5]))
     assert auc(np.array([0, 1]), np.array([-math.inf, 5])) == 1

@@ -63,12 +63,12 @@ def test_of_more_rows_than_a_window_each_rank_has_shards_of_its_own(
         order.WINDOW = before
     if n <= 64:
         return
-    rows = [[row for step in of_rank for row in rows_of(step, tuple(sizes))] for of_rank in steps]
-    assert [len(of_rank) for of_rank in rows] == [n // world] * world
-    assert len({row for of_rank in rows for row in of_rank}) == n // world * world
-    assert len({tuple(len(step.rows) for step in of_rank) for of_rank in steps}) == 1
-    for rank, of_rank in enumerate(rows):
-        assert sorted(of_rank) == list(range(rank * (n // world), (rank + 1) * (n // world)))
+    rows = [[row for step in rank_steps for row in rows_of(step, tuple(sizes))] for rank_steps in steps]
+    assert [len(rank_steps) for rank_steps in rows] == [n // world] * world
+    assert len({row for rank_steps in rows for row in rank_steps}) == n // world * world
+    assert len({tuple(len(step.rows) for step in rank_steps) for rank_steps in steps}) == 1
+    for rank, rank_steps in enumerate(rows):
+        assert sorted(rank_steps) == list(range(rank * (n // world), (rank + 1) * (n // world)))
     for step in steps[0]:
         assert sum(b - a for _, a, b in step.window) <= 64
         assert len(step.rows) <= max(1, batch_size // world)
@@ -79,7 +79,7 @@ def test_shards_come_in_another_order_each_epoch_and_once_only(small_window: int
     epochs = [list(epoch_steps(sizes, 8, 3, number)) for number in (1, 2)]
     windows = [list(dict.fromkeys(step.window for step in steps)) for steps in epochs]
     assert [len(window) for window in windows[0]] == [4, 4, 4, 1]  # 20 + 20 + 20 + 4, 16 + 20 + 20 + 8, ...
-    orders = [[shard for window in of_epoch for shard, *_ in window] for of_epoch in windows]
+    orders = [[shard for window in epoch_windows for shard, *_ in window] for epoch_windows in windows]
     assert [sorted(set(o)) for o in orders] == [list(range(10))] * 2
     assert orders[0] != orders[1]
     assert orders[0] != sorted(orders[0])

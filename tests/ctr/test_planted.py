@@ -24,7 +24,7 @@ from benchmarks.planted import (
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.experiment import Arm, CTRConfig, Trial
 from owlrec.ctr.trainer import TrainingData, train_one
-from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.encoding.vectors import Encoder, EncoderConfig
 from owlrec.evaluation import auc
 
 torch.set_num_threads(1)
@@ -44,8 +44,8 @@ def data(world: PlantedWorld) -> TrainingData:
 def gains(data: TrainingData, backbone: str) -> dict[Arm, float]:
     """Test AUC of the arms with knowledge less that of none."""
     arms: tuple[Arm, ...] = ("none", "knowledge", "shuffled")
-    found = {arm: train_one(Trial(backbone=backbone, arm=arm, seed=0), data, CONFIG).result.test.auc for arm in arms}
-    return {arm: found[arm] - found["none"] for arm in arms}
+    aucs = {arm: train_one(Trial(backbone=backbone, arm=arm, seed=0), data, CONFIG).result.test.auc for arm in arms}
+    return {arm: aucs[arm] - aucs["none"] for arm in arms}
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -57,8 +57,8 @@ def test_every_backbone_gains_by_true_knowledge_alone(data: TrainingData, backbo
 
 def test_sentences_tell_it_as_vectors_do(world: PlantedWorld) -> None:
     encoder = Encoder(EncoderConfig())
-    sides = (("user", world.user_traits, 1), ("item", world.item_traits, 2))
-    data = world.data(*(sentence_vectors(traits, kind, encoder, seed=seed) for kind, traits, seed in sides))
+    kind_traits = (("user", world.user_traits, 1), ("item", world.item_traits, 2))
+    data = world.data(*(sentence_vectors(traits, kind, encoder, seed=seed) for kind, traits, seed in kind_traits))
     gain = gains(data, "dcnv2")
     assert gain["knowledge"] >= 0.02
     assert abs(gain["shuffled"]) <= 0.012
@@ -78,8 +78,8 @@ def test_labels_follow_the_traits_and_ids_do_not_show_them(world: PlantedWorld) 
     assert auc(label, logits) > auc(label, np.array(GENRE_LOGITS)[genre[item]]) + 0.06
     for trait in range(TRAITS):
         for pole in (-1, 1):
-            of_pole = big.item_traits[item, trait] == pole
-            rest = label[of_pole] - expected[of_pole]
+            at_pole = big.item_traits[item, trait] == pole
+            rest = label[at_pole] - expected[at_pole]
             assert abs(rest.mean()) < 0.01
     assert big.item_traits.shape == (50, TRAITS)
     assert set(np.unique(big.user_traits)) == {-1, 1}

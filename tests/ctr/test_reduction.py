@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 from worlds import write_vectors
 
-from owlrec.ctr import pca as reduction
-from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.pca import open_tables, reduce_once, reduced, reduced_folders
-from owlrec.encoding.projection import Projection, unit_rows
+from owlrec.ctr import dataset as reduction
+from owlrec.ctr.dataset import open_tables, reduce_once, reduced, reduced_folders
+from owlrec.ctr.knowledge_tables import KnowledgeTable
+from owlrec.encoding.compression import Projection, unit_rows
 from owlrec.errors import SchemaError
 from owlrec.workspace import Workspace
 
 FINGERPRINT = "beef" * 16
-SIDES = ("user", "item")
-FOLDERS = {"knowledge": dict.fromkeys(SIDES, "vectors/abc")}
+KINDS = ("user", "item")
+FOLDERS = {"knowledge": dict.fromkeys(KINDS, "vectors/abc")}
 
 
 def encoded(folder: Path, n: int = 30) -> Workspace:
     workspace = Workspace(folder)
     workspace.fix_shards({"user": 8, "item": 2})
-    for side in SIDES:
-        write_vectors(workspace, "vectors/abc", f"knowledge-{side}", table(n, len(side)))
+    for kind in KINDS:
+        write_vectors(workspace, "vectors/abc", f"knowledge-{kind}", table(n, len(kind)))
     return workspace
 
 
@@ -37,21 +37,21 @@ def table(n: int, seed: int, *, dim: int = 12, rank: int = 3) -> KnowledgeTable:
 
 def test_angles_stay_and_ids_and_codes_keep_their_vectors() -> None:
     tables = {"user": table(50, 1), "item": table(40, 2)}
-    found = reduced(tables, 3)
+    small = reduced(tables, 3)
     for name, whole in tables.items():
-        assert (found[name].dim, found[name].vectors.dtype) == (3, np.float16)
-        np.testing.assert_array_equal(found[name].ids, whole.ids)
-        np.testing.assert_array_equal(found[name].gather_codes(whole.ids), whole.gather_codes(whole.ids))
+        assert (small[name].dim, small[name].vectors.dtype) == (3, np.float16)
+        np.testing.assert_array_equal(small[name].ids, whole.ids)
+        np.testing.assert_array_equal(small[name].gather_codes(whole.ids), whole.gather_codes(whole.ids))
     # Of a user and an item too: one projection serves both.
     wide, narrow = (
-        unit_rows(np.concatenate([t["user"].vectors, t["item"].vectors]).astype(np.float32)) for t in (tables, found)
+        unit_rows(np.concatenate([t["user"].vectors, t["item"].vectors]).astype(np.float32)) for t in (tables, small)
     )
     np.testing.assert_allclose(narrow @ narrow.T, wide @ wide.T, atol=5e-3)
 
 
 def test_what_all_vectors_share_is_not_taken_out() -> None:
-    (found,) = reduced({"user": table(200, 1)}, 2).values()
-    vectors = found.vectors.astype(np.float32)
+    (small,) = reduced({"user": table(200, 1)}, 2).values()
+    vectors = small.vectors.astype(np.float32)
     assert np.linalg.norm(vectors.mean(axis=0)) > 0.7
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=2e-3)
 
@@ -62,14 +62,14 @@ def test_a_grid_reads_its_own_copy_which_is_that_of_tables_in_memory(tmp_path: P
     assert reduced_folders(workspace, FOLDERS, FINGERPRINT) == FOLDERS
     read = reduce_once(workspace, FOLDERS, 4, FINGERPRINT)
     assert read == reduced_folders(workspace, FOLDERS, FINGERPRINT) != FOLDERS
-    whole = reduced({side: table(30, len(side)) for side in SIDES}, 4)
-    for side, opened in open_tables(workspace, read, held=held)["knowledge"].items():
-        ids = whole[side].ids
+    whole = reduced({kind: table(30, len(kind)) for kind in KINDS}, 4)
+    for kind, opened in open_tables(workspace, read, held=held)["knowledge"].items():
+        ids = whole[kind].ids
         vectors, mask = opened.gather(ids)
         assert vectors.shape == (30, 4)
         assert mask.all()
         # The sample is the same, its rows in another order: signs and last bits of the directions may differ.
-        theirs = whole[side].vectors.astype(np.float32)
+        theirs = whole[kind].vectors.astype(np.float32)
         np.testing.assert_allclose(vectors @ vectors.T.astype(np.float32), theirs @ theirs.T, atol=4e-3)
     projection = Projection.load(workspace, read["knowledge"]["user"], FINGERPRINT)
     assert projection.directions.shape == (4, 12)
@@ -102,8 +102,8 @@ def test_vectors_that_have_no_more_are_read_where_they_are(tmp_path: Path, compo
 
 
 def test_fewer_vectors_than_components_lose_nothing() -> None:
-    (found,) = reduced({"user": table(2, 1)}, 5).values()
-    assert found.dim == 2
+    (small,) = reduced({"user": table(2, 1)}, 5).values()
+    assert small.dim == 2
 
 
 def test_two_sizes_and_vectors_that_are_not_finite_are_refused() -> None:
@@ -111,5 +111,5 @@ def test_two_sizes_and_vectors_that_are_not_finite_are_refused() -> None:
         reduced({"user": table(5, 1), "item": table(5, 1, dim=8)}, 4)
     broken = table(5, 1)
     broken.vectors[3, 2] = np.nan
-    with pytest.raises(SchemaError, match="vector of id 21 has a component that is not a finite number"):
+    with pytest.raises(SchemaError, match="vector of id 21 has a component that is not finite"):
         reduced({"user": broken}, 4)

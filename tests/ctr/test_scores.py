@@ -37,5 +37,5 @@ def test_scores_come_back_to_the_bit_for_the_trials_that_left_them(workspace: Wo
 def test_scores_of_other_rows_are_not_paired(workspace: Workspace) -> None:
     write(workspace, FIRST, [5, 6, 7], [0.1, 0.2, 0.3])
     write(workspace, SECOND, [5, 7, 6], [0.1, 0.2, 0.3])
-    with pytest.raises(WorkspaceError, match=r"seed-1/test_scores.parquet scores other rows .* run `train_ctr` again"):
+    with pytest.raises(WorkspaceError, match=r"seed-1/test_scores.parquet .* different rows .* run `train_ctr` again"):
         read_grid_scores(workspace, FINGERPRINT, [FIRST, SECOND])

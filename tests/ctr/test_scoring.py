@@ -11,16 +11,28 @@ import pytest
 import torch
 
 from owlrec import schema
-from owlrec.ctr.artifact import ModelCard, artifact_folder, finish_artifact, read_card, write_artifact
+from owlrec.ctr.artifact import (
+    CtrArtifact,
+    CtrScorer,
+    LiveState,
+    ModelCard,
+    TableKnowledge,
+    User,
+    artifact_folder,
+    export_program,
+    finish_artifact,
+    read_card,
+    write_artifact,
+)
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitBatches
 from owlrec.ctr.experiment import Arm, CTRConfig, Trial, grid_folder
 from owlrec.ctr.features import Split
-from owlrec.ctr.knowledge import KnowledgeTable
-from owlrec.ctr.scoring import Artifact, LiveState, Scorer, TableKnowledge, User, export_program
+from owlrec.ctr.knowledge_tables import KnowledgeTable
 from owlrec.ctr.trainer import Trained, TrainingData, export_trial, score, train_one, write_vocabularies
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.releases.rows import encode_behaviors
+from owlrec.ids import BEHAVIOR
+from owlrec.releases.parts import encode_behaviors
 from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace
 
@@ -39,9 +51,9 @@ class Exported:
     trained: Trained
     data: TrainingData
 
-    def scorer(self, *, program: bool = False) -> Scorer:
+    def scorer(self, *, program: bool = False) -> CtrScorer:
         """The artifact, opened."""
-        return Scorer.open(self.workspace, self.folder, program=program)
+        return CtrScorer.open(self.workspace, self.folder, program=program)
 
     @cached_property
     def live(self) -> LiveState:
@@ -72,8 +84,8 @@ class Behaviors:
         self._rows = dict(zip(rows["id"].to_pylist(), encode_behaviors(rows), strict=True))
 
     def behaviors(self, ids: Any) -> list[np.ndarray | None]:
-        found = map(self._rows.get, ids)
-        return [None if value is None else np.frombuffer(value, schema.BEHAVIOR) for value in found]
+        rows = map(self._rows.get, ids)
+        return [None if value is None else np.frombuffer(value, BEHAVIOR) for value in rows]
 
 
 def export(workspace: Workspace, world: Any, backbone: str, arm: Arm) -> Exported:
@@ -108,7 +120,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, toy_world: Any) -> Export
 def requests(world: Any, n: int) -> list[tuple[User, int]]:
     """The first test samples, each as a user who brings their own history."""
     test = world.samples.filter(pc.equal(world.samples["split"], "test")).slice(0, n)
-    return [(User.of_sample(r), r["item_id"]) for r in test.to_pylist()]
+    return [(User.from_sample(r), r["item_id"]) for r in test.to_pylist()]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -132,20 +144,20 @@ def test_both_paths_score_as_the_trainer_did(workspace: Workspace, toy_world: An
         made.trained.model, SplitBatches(Split.of(samples), made.data.tables(made.trained.result.trial), "cpu")
     )
     for scorer in (by_model, by_program):
-        found = scorer.score(user, candidates, made.live)
-        assert found.dtype == np.float64
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+        scores = scorer.score(user, candidates, made.live)
+        assert scores.dtype == np.float64
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("arm", ["both", "streaming"])
 def test_several_vectors_of_an_id_are_fused(workspace: Workspace, toy_world: Any, arm: Arm) -> None:
     made = export(workspace, toy_world, "dcnv2", arm)
     scorer = made.scorer()
-    found = np.concatenate([scorer.score(user, [item], made.live) for user, item in requests(toy_world, 25)])
-    np.testing.assert_allclose(found, made.trained.test.scores[:25], rtol=0, atol=1e-5)
+    scores = np.concatenate([scorer.score(user, [item], made.live) for user, item in requests(toy_world, 25)])
+    np.testing.assert_allclose(scores, made.trained.test.scores[:25], rtol=0, atol=1e-5)
 
 
-def test_a_user_comes_by_id_with_their_last_behaviours(exported: Exported) -> None:
+def test_a_user_comes_by_id_with_their_last_behaviors(exported: Exported) -> None:
     scorer, live = exported.scorer(), exported.live
     table = interactions().sort_by([("user_id", "ascending"), ("timestamp", "ascending"), ("item_id", "ascending")])
     length = exported.data.features.spec.history_length
@@ -153,7 +165,7 @@ def test_a_user_comes_by_id_with_their_last_behaviours(exported: Exported) -> No
         rows = table.filter(pc.equal(table["user_id"], user_id)).to_pylist()[-length:]
         brought = User(user_id, [r["item_id"] for r in rows], [r["rating"] for r in rows])
         assert scorer.score(user_id, range(20), live).tolist() == scorer.score(brought, range(20), live).tolist()
-    # Of user 120 there is a profile and knowledge, but no behaviour.
+    # Of user 120 there is a profile and knowledge, but no behavior.
     assert scorer.score(120, [1, 2], live).tolist() == scorer.score(User(120, []), [1, 2], live).tolist()
     longer = scorer.score(User(5, [9, 9, *range(length)]), [3], live)
     assert longer.tolist() == scorer.score(User(5, range(length)), [3], live).tolist()
@@ -174,13 +186,13 @@ def test_an_id_without_knowledge_gets_the_learned_default(exported: Exported, to
     adaptor = exported.trained.model.adaptor
     assert adaptor is not None
     with torch.no_grad():
-        for side, tower, known in (("user", adaptor.user, 20), ("item", adaptor.item, 4)):
-            index = ("user", "item").index(side)
+        for kind, tower, known in (("user", adaptor.user, 20), ("item", adaptor.item, 4)):
+            index = ("user", "item").index(kind)
             vector = torch.from_numpy(toy_world.vectors[index].gather(np.array([known]))[0]).float()[:, None]
-            of_known = tower(vector, torch.ones(1, 1, dtype=torch.bool), adaptor.shared)
+            known_fields = tower(vector, torch.ones(1, 1, dtype=torch.bool), adaptor.shared)
             missing = tower(torch.zeros(1, 1, 8), torch.zeros(1, 1, dtype=torch.bool), adaptor.shared)
-            found = exported.live.fields(side, np.array([known, 3, NOBODY]))
-            np.testing.assert_allclose(found, torch.cat([of_known, missing, missing]).numpy(), atol=1e-6)
+            fields = exported.live.fields(kind, np.array([known, 3, NOBODY]))
+            np.testing.assert_allclose(fields, torch.cat([known_fields, missing, missing]).numpy(), atol=1e-6)
 
 
 def test_profile_is_taken_from_the_request_where_it_names_a_field(exported: Exported, toy_world: Any) -> None:
@@ -207,13 +219,13 @@ def test_unfinished_and_damaged_artifacts_are_refused(workspace: Workspace, toy_
     path = f"{folder}/profiles/00000000.arrow"
     workspace.write_bytes(path, workspace.read_bytes(path)[:-5])
     with pytest.raises(WorkspaceError, match=r"profiles/00000000.arrow cannot be read"):
-        Artifact.open(workspace, folder)
+        CtrArtifact.open(workspace, folder)
     workspace.delete_file(path)
-    with pytest.raises(WorkspaceError, match=r"holds 3 shards of users.*export"):
-        Artifact.open(workspace, folder)
+    with pytest.raises(WorkspaceError, match=r"has 3 user shards.*export"):
+        CtrArtifact.open(workspace, folder)
     workspace.write_bytes(f"{folder}/items.safetensors", b"no tensors")
     with pytest.raises(WorkspaceError, match=r"items.safetensors is damaged"):
-        Artifact.open(workspace, folder)
+        CtrArtifact.open(workspace, folder)
     workspace.delete_file(f"{folder}/model.json")
-    with pytest.raises(WorkspaceError, match=r"no finished artifact is there"):
-        Artifact.open(workspace, folder)
+    with pytest.raises(WorkspaceError, match=r"finished artifact"):
+        CtrArtifact.open(workspace, folder)

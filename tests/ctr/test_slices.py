@@ -27,11 +27,11 @@ def test_history_buckets_part_the_rows_and_empty_ones_are_left_out() -> None:
 def test_metrics_of_a_slice_are_those_of_its_rows() -> None:
     labels, scores = np.array([1, 0, 1, 1]), np.array([0.6, 0.7, 0.8, 0.9])
     slices = {"mixed": np.array([True, True, True, False]), "one class": np.array([True, False, False, False])}
-    found = slice_metrics(labels, scores, slices)
-    assert found["mixed"].rows == 3
-    assert found["mixed"].auc == pytest.approx(0.5)
-    assert found["mixed"].log_loss == pytest.approx(-np.log([0.6, 0.3, 0.8]).mean())
-    alone = found["one class"]
+    metrics = slice_metrics(labels, scores, slices)
+    assert metrics["mixed"].rows == 3
+    assert metrics["mixed"].auc == pytest.approx(0.5)
+    assert metrics["mixed"].log_loss == pytest.approx(-np.log([0.6, 0.3, 0.8]).mean())
+    alone = metrics["one class"]
     assert (alone.rows, alone.auc, alone.log_loss) == (1, None, pytest.approx(-np.log(0.6)))
 
 

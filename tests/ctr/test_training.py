@@ -10,24 +10,24 @@ import pytest
 from processes import command_lines
 from worlds import write_vectors, write_world
 
-from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, grid_folder
+from owlrec.ctr.experiment import CTRConfig, Trial, TrialResult, WorkersConfig, grid_folder
 from owlrec.ctr.trainer import read_vocabularies, train_one
 from owlrec.ctr.training import train_trials
 from owlrec.errors import RecipeError, WorkspaceError
-from owlrec.runs.ctr import vector_folders
+from owlrec.runs.models import vector_folders
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.ray
-CONFIG = CTRConfig(batch_size=256, learning_rate=0.01, epochs=4, embed_dim=8, hidden_dims=(16, 8), num_workers=2)
+CONFIG = CTRConfig(batch_size=256, learning_rate=0.01, epochs=4, embed_dim=8, hidden_dims=(16, 8))
 FINGERPRINT = "c0ffee" * 10
-SIDES = ("user", "item")
+KINDS = ("user", "item")
 SOURCES = ("knowledge", "metadata")  # no vectors of the second are there: no arm of the grid reads them
 GRID = [Trial(backbone=b, arm=a, seed=0) for b, a in (("dcnv2", "knowledge"), ("din", "none"), ("din", "shuffled"))]
 
 
 def prepare(workspace: Workspace, world: Any) -> None:
     write_world(workspace, world, n_shards=2)
-    for table, kind in zip(world.vectors, SIDES, strict=True):
+    for table, kind in zip(world.vectors, KINDS, strict=True):
         write_vectors(workspace, "vectors/abc", f"knowledge-{kind}", table)
 
 
@@ -38,10 +38,11 @@ def train(
         workspace,
         config,
         grid,
-        knowledge={source: dict.fromkeys(SIDES, "vectors/abc") for source in SOURCES},
+        knowledge={source: dict.fromkeys(KINDS, "vectors/abc") for source in SOURCES},
         fingerprint=FINGERPRINT,
         attributes=("genres",),
         profile=("gender",),
+        workers=WorkersConfig(num_workers=2),
         on_trial=seen.append,
         **options,
     )
@@ -111,12 +112,12 @@ def test_a_killed_workers_group_goes_on_at_the_next_sample(
     killed: list[int] = []
     path = f"ctr/{FINGERPRINT[:16]}/{trial.path}/checkpoint.safetensors"
     thread = _kill_a_worker_after(path, workspace, killed)
-    (found,) = train(workspace, [trial], [], config, checkpoint_steps=100)
+    (result,) = train(workspace, [trial], [], config, checkpoint_steps=100)
     thread.join(timeout=10)
     assert killed
-    assert found.resumed == 1
-    assert found.epochs == one.result.epochs
-    assert found.test.auc == pytest.approx(one.result.test.auc, abs=0.003)
+    assert result.resumed == 1
+    assert result.epochs == one.result.epochs
+    assert result.test.auc == pytest.approx(one.result.test.auc, abs=0.003)
     assert not workspace.exists(path)
 
 
@@ -140,7 +141,7 @@ def test_every_source_that_encode_wrote_is_offered(workspace: Workspace) -> None
         "knowledge-item",
         "knowledge-cohort",
         "collective-user",
-        "quantisers/knowledge-user",
+        "quantizers/knowledge-user",
     ):
         workspace.write_bytes(f"vectors/abc/{name}/00000000.arrow", b"")
     assert vector_folders(workspace, "vectors/abc") == {

@@ -10,12 +10,11 @@ import torch
 from worlds import write_vectors, write_world
 
 from owlrec.ctr.artifact import ModelCard, finish_artifact, write_artifact
-from owlrec.ctr.dataset import WarmStart, carried_over, encode_tables, grown, open_features
-from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, Trial, grid_folder
+from owlrec.ctr.dataset import WarmStart, carried_over, encode_tables, grown, open_features, open_tables, reduce_once
+from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
 from owlrec.ctr.features import RESERVED, UNKNOWN, Grades, Vocabularies
-from owlrec.ctr.pca import open_tables, reduce_once
 from owlrec.ctr.trainer import TrainingData, export_trial, read_vocabularies, train_one
-from owlrec.encoding.projection import Projection
+from owlrec.encoding.compression import Projection
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.workspace import Workspace
 
@@ -32,8 +31,8 @@ def artifact(workspace: Workspace, toy_world: Any) -> str:
     kept = samples.filter(pa.compute.less(samples["item_id"], 15))
     world = dataclasses.replace(toy_world, items=known, samples=kept)
     write_world(workspace, world, n_shards=2)
-    for side, table in zip(("user", "item"), toy_world.vectors, strict=True):
-        write_vectors(workspace, "vectors/abc", f"knowledge-{side}", table)
+    for kind, table in zip(("user", "item"), toy_world.vectors, strict=True):
+        write_vectors(workspace, "vectors/abc", f"knowledge-{kind}", table)
     data = data_of(workspace, GRID)
     trained = train_one(TRIAL, data, CONFIG)
     export_trial(workspace, GRID, trained)
@@ -55,8 +54,8 @@ def data_of(
 
 def test_rows_are_carried_over_by_value_and_new_values_start_as_unknown() -> None:
     table = torch.arange(10.0).reshape(5, 2)  # padding, unknown, then b, d, e
-    found = carried_over(table, pa.array(["b", "d", "e"]), pa.array(["a", "b", "c", "e"]))
-    assert found.tolist() == [[0, 1], [2, 3], [2, 3], [4, 5], [2, 3], [8, 9]]
+    rows = carried_over(table, pa.array(["b", "d", "e"]), pa.array(["a", "b", "c", "e"]))
+    assert rows.tolist() == [[0, 1], [2, 3], [2, 3], [4, 5], [2, 3], [8, 9]]
 
 
 def test_vocabularies_grow_and_keep_what_the_items_table_still_has() -> None:
@@ -80,8 +79,8 @@ def test_a_model_goes_on_from_the_weights_of_an_artifact(workspace: Workspace, a
     assert vocabularies.items.to_pylist() == list(range(20))
     begun: dict[str, torch.Tensor] = {}
 
-    def begin(model: Any, of_grid: Vocabularies) -> None:
-        warm.load_into(model, of_grid)
+    def begin(model: Any, grid_vocabularies: Vocabularies) -> None:
+        warm.load_into(model, grid_vocabularies)
         begun.update({name: value.clone() for name, value in model.state_dict().items()})
 
     trained = train_one(TRIAL, data, CONFIG, begin=begin)
@@ -102,7 +101,7 @@ def test_a_model_goes_on_from_the_weights_of_an_artifact(workspace: Workspace, a
     [
         ({"embed_dim": 4}, "embed_dim"),
         ({"hidden_dims": (8,)}, "hidden_dims"),
-        ({"adaptor": AdaptorConfig(hidden_dim=8)}, "adaptor"),
+        ({"expert_dim": 8}, "expert_dim"),
         ({"use_profile": False}, None),
     ],
 )

@@ -3,8 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.decoding.controller import Controller, allocate
-from owlrec.decoding.step_times import StepTimes
+from owlrec_decoding.controller import Controller, StepTimes, allocate
 
 
 def mixed(tokens: np.ndarray | float) -> np.ndarray:

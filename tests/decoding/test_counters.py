@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from owlrec.decoding.controller import DecoderCounters, StepSums, add_counters
+from owlrec_decoding.controller import DecoderCounters, StepSums, add_counters
 
 
 def test_counters_of_two_engines_add_up() -> None:

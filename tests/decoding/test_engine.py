@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 from tiny_engine import VOCAB, Decoder, half_right, prompts, tiny_model, token_lists  # type: ignore[import-not-found]
 
-from owlrec.decoding import DecodingConfig, DraftLimits, request_arguments
-from owlrec.decoding.pools import write_pool
-from owlrec.decoding.retrieval import CELLS, AcceptanceRates
-from owlrec.errors import EngineError
+from owlrec_decoding import DecodingConfig, DraftLimits, VllmError, request_arguments
+from owlrec_decoding.pools import CELLS, AcceptanceRates, write_pool
 
 pytestmark = pytest.mark.vllm
 
@@ -86,13 +84,13 @@ def test_options_of_a_request_mean_the_same_with_drafts(llama: Decoder, params: 
 
 
 def test_requests_with_and_without_temperature_share_a_batch(llama: Decoder) -> None:
-    """On a CPU, vLLM 0.32 reads uninitialised temperatures here; the greedy rows must not notice, nor the others end
+    """On a CPU, vLLM 0.32 reads uninitialized temperatures here; the greedy rows must not notice, nor the others end
     early."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     plain = token_lists(llama.run(prompts(), "off"))
-    found: dict[str, list[int]] = {}
+    answers: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts()):
         params = SamplingParams(
             max_tokens=40,
@@ -105,12 +103,12 @@ def test_requests_with_and_without_temperature_share_a_batch(llama: Decoder) -> 
         )
         llama.engine.add_request(f"mixed{i}", {"prompt_token_ids": prompt}, params)
     while llama.engine.has_unfinished_requests():
-        found.update({o.request_id: list(o.outputs[0].token_ids) for o in llama.engine.step() if o.finished})
+        answers.update({o.request_id: list(o.outputs[0].token_ids) for o in llama.engine.step() if o.finished})
     for i in range(len(plain)):
         if i % 2:
-            assert found[f"mixed{i}"] == plain[i]
+            assert answers[f"mixed{i}"] == plain[i]
         else:
-            assert len(found[f"mixed{i}"]) == 40
+            assert len(answers[f"mixed{i}"]) == 40
 
 
 def test_a_row_near_the_context_limit_leaves_the_others_their_drafts(llama: Decoder) -> None:
@@ -169,7 +167,7 @@ def test_finished_texts_draft_for_later_ones_unless_they_were_relaxed(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"),
+    ("architecture", "changes"),
     [
         ("Qwen2", {}),
         ("Qwen3", {}),
@@ -178,8 +176,8 @@ def test_finished_texts_draft_for_later_ones_unless_they_were_relaxed(tmp_path: 
         ("GPTNeoX", {}),
     ],
 )
-def test_strict_is_lossless_for(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "model", family, **changes)
+def test_strict_is_lossless_for(architecture: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", architecture, **changes)
     decoder = Decoder(model, DecodingConfig(mode="strict"), DraftLimits(max_draft=6))
     try:
         plain = decoder.run(prompts(), "off")
@@ -191,15 +189,15 @@ def test_strict_is_lossless_for(family: str, changes: dict[str, Any], tmp_path: 
 
 
 def test_another_version_of_vllm_is_refused() -> None:
-    from owlrec.decoding.worker import check_version
+    from owlrec_decoding.drafter import check_version
 
     check_version("0.32.0+cpu")
-    with pytest.raises(EngineError, match=r"needs vLLM 0\.32\.0, but 0\.33\.0 is installed"):
+    with pytest.raises(VllmError, match=r"needs vLLM 0\.32\.0, but 0\.33\.0 is installed"):
         check_version("0.33.0")
 
 
 def test_a_step_is_told_apart_into_rows_drafts_prompts_and_context() -> None:
-    from owlrec.decoding.worker import _describe
+    from owlrec_decoding.drafter import _describe
 
     cached, new = SimpleNamespace(num_computed_tokens=[100, 50]), SimpleNamespace(num_computed_tokens=16)
     step = SimpleNamespace(

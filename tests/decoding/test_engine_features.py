@@ -24,7 +24,7 @@ from tiny_engine import (  # type: ignore[import-not-found]
     write_tokenizer,
 )
 
-from owlrec.decoding import DecodingConfig, DraftLimits
+from owlrec_decoding import DecodingConfig, DraftLimits
 
 pytestmark = pytest.mark.vllm
 BLOCK = 32  # tokens of the engine's cache blocks
@@ -204,7 +204,7 @@ def test_structured_output(decoder: Decoder, grammar: dict[str, Any]) -> None:
     ],
     ids=lambda p: next(iter(p)),
 )
-def test_what_is_forbidden_or_penalised(decoder: Decoder, params: dict[str, Any]) -> None:
+def test_what_is_forbidden_or_penalized(decoder: Decoder, params: dict[str, Any]) -> None:
     free = decoder.run(prompts(), "off", ["elsewhere"], detokenize=True)
     outputs = ask_both_ways(decoder, prompts(), detokenize=True, **params)
     assert token_lists(outputs) != token_lists(free)

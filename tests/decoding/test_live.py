@@ -4,15 +4,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sealed import brute_force
 
-from owlrec.decoding.index import LivePool, build_pool, match_live, match_sealed
+from owlrec_decoding.index import LivePool, build_pool, match_live, match_sealed
 
 texts = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=40), max_size=8)
 
 
 def matches(pool: LivePool, context: list[int], room: int = 512) -> tuple[np.ndarray, np.ndarray]:
     positions, lengths = np.zeros(room, np.int64), np.zeros(room, np.int64)
-    found = match_live(pool.tokens, pool.heads, pool.earlier, np.array(context, np.int32), positions, lengths)
-    return positions[:found], lengths[:found]
+    n = match_live(pool.tokens, pool.heads, pool.earlier, np.array(context, np.int32), positions, lengths)
+    return positions[:n], lengths[:n]
 
 
 @settings(max_examples=150)
@@ -60,7 +60,7 @@ def test_full_pool_drops_the_oldest_texts_and_stays_within_bounds() -> None:
     assert len(matches(pool, [0, 0])[0]) == 0
 
 
-def test_index_takes_at_most_80_bytes_a_token() -> None:
+def test_index_takes_at_most_80_bytes_per_token() -> None:
     pool = LivePool(max_tokens=1 << 20)
     rng = np.random.default_rng(0)
     for _ in range(2000):
@@ -81,7 +81,7 @@ def test_insert_says_when_the_arrays_were_replaced() -> None:
 def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1024"):
         LivePool(max_tokens=10)
-    with pytest.raises(ValueError, match="not negative"):
+    with pytest.raises(ValueError, match="negative"):
         LivePool(max_tokens=2048).insert([3, -1])
     pool = LivePool(max_tokens=2048)
     pool.insert([])

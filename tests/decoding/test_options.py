@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from owlrec.decoding import DecodingConfig, DraftLimits, Relaxation, engine_arguments, request_arguments
-from owlrec.errors import RecipeError
+from owlrec_decoding import DecodingConfig, DecodingError, DraftLimits, Relaxation, engine_arguments, request_arguments
 
 
 def test_off_changes_nothing() -> None:
@@ -17,27 +16,28 @@ def test_off_changes_nothing() -> None:
     ("cpu", "worker"), [(True, "cpu_worker.RetrievalCpuWorker"), (False, "gpu_worker.RetrievalGpuWorker")]
 )
 def test_engine_arguments_name_proposer_and_worker(cpu: bool, worker: str) -> None:
-    found = engine_arguments(DecodingConfig(mode="strict"), "m", limits=DraftLimits(max_draft=6), cpu=cpu)
-    assert found["speculative_config"]["num_speculative_tokens"] == 6
-    assert found["worker_cls"] == f"owlrec.decoding.{worker}"
-    assert found["additional_config"]["owlrec_decoding"]["identity"] == "m"
+    arguments = engine_arguments(DecodingConfig(mode="strict"), "m", limits=DraftLimits(max_draft=6), cpu=cpu)
+    assert arguments["speculative_config"]["num_speculative_tokens"] == 6
+    assert arguments["worker_cls"] == f"owlrec_decoding.{worker}"
+    assert arguments["additional_config"]["owlrec_decoding"]["identity"] == "m"
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"k": 0}, {"min_prob": 1.0}, {"min_prob": -0.1}, {"margin": 0.5}, {"mode": "loose"}, {"topk": 2}]
+    "wrong", [{"k": 2}, {"min_prob": 1.0}, {"min_prob": -0.1}, {"margin": 0.5}, {"mode": "loose"}, {"topk": 2}]
 )
 def test_rules_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         DecodingConfig(**wrong)
 
 
-def test_a_margin_out_of_range_is_refused() -> None:
-    with pytest.raises(ValidationError, match="margin"):
-        Relaxation(margin=1.5)
+@pytest.mark.parametrize("wrong", [{"k": 0}, {"min_prob": 1.0}, {"margin": 1.5}])
+def test_a_requests_rule_out_of_range_is_refused(wrong: dict) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        Relaxation(**wrong)
 
 
-def test_missing_pool_folder_is_a_recipe_error(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"there is no folder .*none"):
+def test_a_missing_folder_of_pools_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DecodingError, match=r"decoding\.pools: .*none"):
         engine_arguments(DecodingConfig(mode="strict", pools=str(tmp_path / "none")), "m", cpu=True)
 
 
@@ -53,6 +53,7 @@ def test_request_arguments_hold_only_what_http_can_carry() -> None:
     }
 
 
+@pytest.mark.process
 def test_the_recipe_needs_neither_torch_nor_numba_nor_vllm() -> None:
-    code = "import sys, owlrec.decoding; assert not {'torch', 'numba', 'vllm', 'ray'} & set(sys.modules)"
+    code = "import sys, owlrec_decoding; assert not {'torch', 'numba', 'vllm', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, Shelf, build_pool
-from owlrec.decoding.retrieval import (
+from owlrec_decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, SearchSet, build_pool
+from owlrec_decoding.pools import (
     AGREE,
     CELLS,
     LONGEST,
@@ -23,7 +23,7 @@ ONE = np.ones(4 * CELLS)
 
 
 def draft(
-    shelf: Shelf,
+    search_set: SearchSet,
     contexts: list[list[int]],
     sources: list[list[tuple[int, int]]],
     *,
@@ -46,7 +46,7 @@ def draft(
         np.full(len(contexts), limit),
         padded,
         np.array(groups, np.int64) if groups else np.zeros(padded.shape[:2], np.int64),
-        shelf,
+        search_set,
         factors,
         depth=8,
         floor=floor,
@@ -58,9 +58,11 @@ def tokens(found: Drafts, row: int = 0) -> list[int]:
 
 
 def test_the_commonest_continuation_of_the_longest_match_wins() -> None:
-    shelf = Shelf()
-    place = shelf.add_sealed(build_pool([[1, 2, 3, 7], [1, 2, 3, 8], [1, 2, 3, 8], [9, 3, 5], [9, 3, 5], [9, 3, 5]]))
-    found = draft(shelf, [[1, 2, 3]], [[(SEALED, place)]])
+    search_set = SearchSet()
+    place = search_set.add_sealed(
+        build_pool([[1, 2, 3, 7], [1, 2, 3, 8], [1, 2, 3, 8], [9, 3, 5], [9, 3, 5], [9, 3, 5]])
+    )
+    found = draft(search_set, [[1, 2, 3]], [[(SEALED, place)]])
     # "1 2 3" was followed by 8 twice and 7 once; 5 followed "3" alone, three times of six.
     assert tokens(found) == [8]
     # Names 2, 3, 5, 7, 8; nothing: 8 is 2 of 15. "3": 2 of 6. "1 2 3": 2 of 3. Each count leaves .8 to what is shorter.
@@ -73,59 +75,61 @@ def test_the_commonest_continuation_of_the_longest_match_wins() -> None:
 
 
 def test_chances_multiply_along_the_chain_and_end_at_the_floor() -> None:
-    shelf = Shelf()
-    place = shelf.add_text(np.array([1, 2, 3, 4, 5, 6], np.int32))
-    found = draft(shelf, [[1]], [[(TEXT, place)]])
+    search_set = SearchSet()
+    place = search_set.add_text(np.array([1, 2, 3, 4, 5, 6], np.int32))
+    found = draft(search_set, [[1]], [[(TEXT, place)]])
     assert tokens(found) == [2, 3, 4, 5, 6]
     np.testing.assert_allclose(found.expected[0, :5], [0.2, 0.35, 0.4, 0.45, 0.5])  # of matches of 1, 2, 3, 4, 5 tokens
     np.testing.assert_allclose(found.chance[0, :5], np.cumprod([0.2, 0.35, 0.4, 0.45, 0.5]))
-    assert tokens(draft(shelf, [[1]], [[(TEXT, place)]], floor=0.03)) == [2, 3]
-    assert tokens(draft(shelf, [[1]], [[(TEXT, place)]], limit=1)) == [2]
-    assert tokens(draft(shelf, [[1]], [[(TEXT, place)]], limit=0)) == []
+    assert tokens(draft(search_set, [[1]], [[(TEXT, place)]], floor=0.03)) == [2, 3]
+    assert tokens(draft(search_set, [[1]], [[(TEXT, place)]], limit=1)) == [2]
+    assert tokens(draft(search_set, [[1]], [[(TEXT, place)]], limit=0)) == []
 
 
 def test_the_likeliest_token_of_all_sources_wins_each_place() -> None:
-    shelf = Shelf()
-    short = shelf.add_text(np.array([2, 3, 9], np.int32))
-    long = shelf.add_text(np.array([1, 2, 4, 5, 6], np.int32))
+    search_set = SearchSet()
+    short = search_set.add_text(np.array([2, 3, 9], np.int32))
+    long = search_set.add_text(np.array([1, 2, 4, 5, 6], np.int32))
     both = [[(TEXT, short), (TEXT, long)]]
     # A match of two tokens is worth .35, of one .2.
-    found = draft(shelf, [[1, 2]], both, groups=[[0, 1]])
+    found = draft(search_set, [[1, 2]], both, groups=[[0, 1]])
     assert tokens(found) == [4, 5, 6]
     assert list(found.cell[0, :3] // CELLS) == [1, 1, 1]
     # Where the first source was learned to be far better, its token leads, and the second, that lost its place, has
     # nothing to say of what follows.
     factors = ONE.copy()
     factors[:CELLS] = 3.0
-    found = draft(shelf, [[1, 2]], both, factors=factors, groups=[[0, 1]])
+    found = draft(search_set, [[1, 2]], both, factors=factors, groups=[[0, 1]])
     assert tokens(found) == [3, 9]
     assert list(found.cell[0, :2] // CELLS) == [0, 0]
 
 
 def test_sources_that_agree_support_each_other() -> None:
-    shelf = Shelf()
-    a, b = shelf.add_text(np.array([1, 2, 3], np.int32)), shelf.add_text(np.array([1, 2, 3], np.int32))
-    found = draft(shelf, [[1, 2]], [[(TEXT, a), (TEXT, b)]])
+    search_set = SearchSet()
+    a, b = search_set.add_text(np.array([1, 2, 3], np.int32)), search_set.add_text(np.array([1, 2, 3], np.int32))
+    found = draft(search_set, [[1, 2]], [[(TEXT, a), (TEXT, b)]])
     assert found.expected[0, 0] == pytest.approx(1 - 0.65**2)
     assert found.cell[0, 0] // WRITTEN % OTHERS == AGREE
 
 
 def test_a_longer_match_elsewhere_is_told_from_a_shorter_one() -> None:
-    shelf = Shelf()
-    short, long = shelf.add_text(np.array([9, 2, 3], np.int32)), shelf.add_text(np.array([1, 2, 4], np.int32))
+    search_set = SearchSet()
+    short, long = search_set.add_text(np.array([9, 2, 3], np.int32)), search_set.add_text(np.array([1, 2, 4], np.int32))
     sources, groups = [[(TEXT, short), (TEXT, long)]], [[0, 1]]
-    assert draft(shelf, [[1, 2]], sources, groups=groups).cell[0, 0] // WRITTEN % OTHERS == LONGEST
+    assert draft(search_set, [[1, 2]], sources, groups=groups).cell[0, 0] // WRITTEN % OTHERS == LONGEST
     factors = ONE.copy()
     factors[CELLS : 2 * CELLS] = 0.01
-    assert draft(shelf, [[1, 2]], sources, groups=groups, factors=factors).cell[0, 0] // WRITTEN % OTHERS == SHORTER
+    assert (
+        draft(search_set, [[1, 2]], sources, groups=groups, factors=factors).cell[0, 0] // WRITTEN % OTHERS == SHORTER
+    )
 
 
 def test_what_the_row_has_written_before_has_cells_of_its_own() -> None:
-    shelf = Shelf()
-    place = shelf.add_text(np.array([1, 2, 3], np.int32))
+    search_set = SearchSet()
+    place = search_set.add_text(np.array([1, 2, 3], np.int32))
 
     def cell(context: list[int], prompt: int) -> int:
-        found = draft(shelf, [context], [[(TEXT, place)]], prompt=prompt)
+        found = draft(search_set, [context], [[(TEXT, place)]], prompt=prompt)
         assert tokens(found) == [3]
         return int(found.cell[0, 0]) % WRITTEN
 
@@ -135,50 +139,50 @@ def test_what_the_row_has_written_before_has_cells_of_its_own() -> None:
 
 
 def test_a_draft_goes_on_where_its_text_ends_and_another_has_the_same_words() -> None:
-    shelf = Shelf()
-    place = shelf.add_sealed(build_pool([[1, 2, 3], [1, 2, 3], [7, 3, 4, 5]]))
-    assert tokens(draft(shelf, [[1, 2]], [[(SEALED, place)]])) == [3, 4, 5]
+    search_set = SearchSet()
+    place = search_set.add_sealed(build_pool([[1, 2, 3], [1, 2, 3], [7, 3, 4, 5]]))
+    assert tokens(draft(search_set, [[1, 2]], [[(SEALED, place)]])) == [3, 4, 5]
 
 
 def test_a_repeating_row_is_continued_from_itself_beyond_its_end() -> None:
-    assert tokens(draft(Shelf(), [[5, 1, 2, 1, 2]], [[(CONTEXT, 0)]])) == [1, 2, 1, 2, 1, 2, 1, 2]
+    assert tokens(draft(SearchSet(), [[5, 1, 2, 1, 2]], [[(CONTEXT, 0)]])) == [1, 2, 1, 2, 1, 2, 1, 2]
 
 
 def test_a_text_is_never_read_on_past_its_end() -> None:
-    shelf = Shelf()
-    place = shelf.add_text(np.array([1, 2, 3], np.int32))
-    assert tokens(draft(shelf, [[1, 2]], [[(TEXT, place)]])) == [3]
-    assert tokens(draft(shelf, [[2, 3]], [[(TEXT, place)]])) == []
+    search_set = SearchSet()
+    place = search_set.add_text(np.array([1, 2, 3], np.int32))
+    assert tokens(draft(search_set, [[1, 2]], [[(TEXT, place)]])) == [3]
+    assert tokens(draft(search_set, [[2, 3]], [[(TEXT, place)]])) == []
 
 
 def test_rows_of_different_pools_are_served_in_one_call() -> None:
-    shelf = Shelf()
-    a, b = shelf.add_sealed(build_pool([[1, 2]])), shelf.add_sealed(build_pool([[1, 3]]))
+    search_set = SearchSet()
+    a, b = search_set.add_sealed(build_pool([[1, 2]])), search_set.add_sealed(build_pool([[1, 3]]))
     live = LivePool(max_tokens=1 << 12)
     live.insert([1, 4])
-    c = shelf.add_live(live)
-    found = draft(shelf, [[1], [1], [1], [8]], [[(SEALED, a)], [(SEALED, b)], [(LIVE, c)], [(SEALED, a)]])
+    c = search_set.add_live(live)
+    found = draft(search_set, [[1], [1], [1], [8]], [[(SEALED, a)], [(SEALED, b)], [(LIVE, c)], [(SEALED, a)]])
     assert [tokens(found, row) for row in range(4)] == [[2], [3], [4], []]
 
 
 def test_a_freed_place_finds_nothing_and_is_used_again() -> None:
-    shelf = Shelf()
-    place = shelf.add_sealed(build_pool([[1, 2]]))
-    shelf.remove(SEALED, place)
-    assert tokens(draft(shelf, [[1]], [[(SEALED, place)]])) == []
-    assert shelf.add_sealed(build_pool([[1, 3]])) == place
-    assert tokens(draft(shelf, [[1]], [[(SEALED, place)]])) == [3]
+    search_set = SearchSet()
+    place = search_set.add_sealed(build_pool([[1, 2]]))
+    search_set.remove(SEALED, place)
+    assert tokens(draft(search_set, [[1]], [[(SEALED, place)]])) == []
+    assert search_set.add_sealed(build_pool([[1, 3]])) == place
+    assert tokens(draft(search_set, [[1]], [[(SEALED, place)]])) == [3]
 
 
 @pytest.mark.parametrize("kind", [SEALED, LIVE, TEXT])
 def test_empty_pools_draft_nothing(kind: int) -> None:
-    shelf = Shelf()
+    search_set = SearchSet()
     add = {
-        SEALED: lambda: shelf.add_sealed(build_pool([])),
-        LIVE: lambda: shelf.add_live(LivePool(max_tokens=2048)),
-        TEXT: lambda: shelf.add_text(np.zeros(0, np.int32)),
+        SEALED: lambda: search_set.add_sealed(build_pool([])),
+        LIVE: lambda: search_set.add_live(LivePool(max_tokens=2048)),
+        TEXT: lambda: search_set.add_text(np.zeros(0, np.int32)),
     }[kind]
-    assert tokens(draft(shelf, [[1, 2, 3]], [[(kind, add())]])) == []
+    assert tokens(draft(search_set, [[1, 2, 3]], [[(kind, add())]])) == []
 
 
 @settings(max_examples=100)
@@ -189,12 +193,12 @@ def test_empty_pools_draft_nothing(kind: int) -> None:
 def test_every_tier_drafts_what_some_text_says_after_the_match(texts: list[list[int]], context: list[int]) -> None:
     """Each drafted token follows the one before it somewhere in the pool; a sealed pool drafts as long as anything
     does, a live one to the end of the texts that it found."""
-    shelf, live = Shelf(), LivePool(max_tokens=1 << 12)
+    search_set, live = SearchSet(), LivePool(max_tokens=1 << 12)
     for text in texts:
         live.insert(text)
-    sealed_place, live_place = shelf.add_sealed(build_pool(texts)), shelf.add_live(live)
+    sealed_place, live_place = search_set.add_sealed(build_pool(texts)), search_set.add_live(live)
     for source in ((SEALED, sealed_place), (LIVE, live_place)):
-        chain = [context[-1], *tokens(draft(shelf, [context], [[source]]))]
+        chain = [context[-1], *tokens(draft(search_set, [context], [[source]]))]
         pairs = {pair for text in texts for pair in itertools.pairwise(text)}
         assert all(pair in pairs for pair in itertools.pairwise(chain))
         goes_on = any(chain[-1] == first for first, _ in pairs)
@@ -215,10 +219,10 @@ def test_factors_follow_what_is_observed_and_forget() -> None:
 
 def test_a_batch_drafts_what_its_rows_draft_alone() -> None:
     rng = np.random.default_rng(0)
-    shelf = Shelf()
-    place = shelf.add_sealed(build_pool([rng.integers(0, 30, 100) for _ in range(50)]))
+    search_set = SearchSet()
+    place = search_set.add_sealed(build_pool([rng.integers(0, 30, 100) for _ in range(50)]))
     contexts = [rng.integers(0, 30, 40).tolist() for _ in range(64)]
     sources = [[(SEALED, place), (CONTEXT, 0)]]
-    together = draft(shelf, contexts, sources * 64)
+    together = draft(search_set, contexts, sources * 64)
     for row, context in enumerate(contexts):
-        assert tokens(together, row) == tokens(draft(shelf, [context], sources))
+        assert tokens(together, row) == tokens(draft(search_set, [context], sources))

@@ -14,8 +14,8 @@ import pytest
 from scipy.stats import chisquare  # type: ignore[import-untyped]
 from tiny_engine import Decoder, tiny_model  # type: ignore[import-not-found]
 
-from owlrec.decoding import DecodingConfig, DraftLimits
-from owlrec.decoding.pools import write_pool
+from owlrec_decoding import DecodingConfig, DraftLimits
+from owlrec_decoding.pools import write_pool
 
 pytestmark = pytest.mark.vllm
 TOKENS = 12

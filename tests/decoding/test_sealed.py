@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.decoding.index import (
+from owlrec_decoding.index import (
     BORDER,
     DEPTH,
     CorruptPool,
@@ -173,7 +173,7 @@ def test_saving_again_replaces_the_pool_and_leaves_nothing_else(tmp_path: Path) 
 
 @pytest.mark.parametrize(("sequences", "ids"), [([[1, -1]], None), ([[1], [2]], [7, 7]), ([[1]], [1, 2])])
 def test_wrong_input_is_refused(sequences: list[list[int]], ids: list[int] | None) -> None:
-    with pytest.raises(ValueError, match=r"not negative|distinct ids"):
+    with pytest.raises(ValueError, match=r"negative|distinct"):
         build_pool(sequences, ids)
 
 

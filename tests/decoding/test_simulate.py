@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from owlrec.decoding.simulate import Curve, Load, Trace, play, play_oracle, play_plain, table_curve
+from owlrec_decoding.simulate import Curve, Load, Trace, play, play_oracle, play_plain, table_curve
 
 
 def trace(rates: list[float], depth: int = 16) -> Trace:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from owlrec.decoding.step_times import StepTimes
+from owlrec_decoding.controller import StepTimes
 
 
 def knee(tokens: float, context: float = 0.0) -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.decoding.options import Relaxation
+from owlrec_decoding.options import Relaxation
 
 pytestmark = pytest.mark.vllm
 
@@ -17,7 +17,7 @@ def _cpu_kernels() -> None:
     """What vLLM does when a worker starts: its Triton kernels are replaced by C++ ones on a CPU."""
     from vllm.platforms import current_platform
 
-    import owlrec.decoding.index  # noqa: F401  # before the search through modules, which numba's would end
+    import owlrec_decoding.index  # noqa: F401  # before the search through modules, which numba's would end
 
     current_platform.import_kernels()
     current_platform.register_triton_kernel_overrides()
@@ -60,7 +60,7 @@ def verify(
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-    from owlrec.decoding.verification import Verifier
+    from owlrec_decoding.verification import Verifier
 
     counts = [len(drafts) for _, drafts in rows]
     starts = np.cumsum([0, *[n + 1 for n in counts]])
@@ -117,18 +117,18 @@ def test_padding_is_never_accepted() -> None:
 def test_rule_equals_brute_force(logits: list[float], token: int, rule: Relaxation) -> None:
     import torch
 
-    from owlrec.decoding.verification import relaxed_accept
+    from owlrec_decoding.verification import relaxed_accept
 
     if token >= 0 and boundary(logits, token, rule):
         return
-    found = relaxed_accept(
+    accepted = relaxed_accept(
         torch.tensor([logits]),
         torch.tensor([token]),
         k=torch.tensor([rule.k]),
         min_prob=torch.tensor([rule.min_prob], dtype=torch.float32),
         margin=torch.tensor([2.0 if rule.margin is None else rule.margin], dtype=torch.float32),
     )
-    assert bool(found[0]) == brute_force(logits, token, rule)
+    assert bool(accepted[0]) == brute_force(logits, token, rule)
 
 
 chains = st.lists(st.tuples(rows_of_logits, st.integers(0, 4)), max_size=4)
@@ -186,13 +186,13 @@ def test_short_way_and_vllms_kernel_agree_with_brute_force(batch: list[Any]) -> 
 
 
 def test_values_are_repeated_for_each_draft_of_a_row() -> None:
-    """vLLM 0.32's own kernel leaves float32 and int32 results uninitialised on a CPU."""
+    """vLLM 0.32's own kernel leaves float32 and int32 results uninitialized on a CPU."""
     import torch
 
-    from owlrec.decoding.worker import expand_batch_to_tokens
+    from owlrec_decoding.drafter import expand_batch_to_tokens
 
     ends = torch.tensor([2, 2, 5], dtype=torch.int32)
     temperature = torch.tensor([0.0, 0.5, 1.3])
-    found = expand_batch_to_tokens(temperature, ends, 5, replace_from=0, replace_to=1)
-    np.testing.assert_allclose(found, [1.0, 1.0, 1.3, 1.3, 1.3])
+    expanded = expand_batch_to_tokens(temperature, ends, 5, replace_from=0, replace_to=1)
+    np.testing.assert_allclose(expanded, [1.0, 1.0, 1.3, 1.3, 1.3])
     assert expand_batch_to_tokens(torch.tensor([7, 8, 9], dtype=torch.int32), ends, 5).tolist() == [7, 7, 9, 9, 9]

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from owlrec.decoding import DecodingConfig, DraftLimits, engine_arguments, request_arguments
-from owlrec.decoding.controller import Controller, DecoderCounters
-from owlrec.decoding.step_times import StepTimes
+from owlrec_decoding import DecodingConfig, DraftLimits, engine_arguments, request_arguments
+from owlrec_decoding.controller import Controller, DecoderCounters, StepTimes
 
 VOCAB = 96
 EOS = 0
@@ -30,18 +29,18 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": EOS,
     "pad_token_id": EOS,
-    "initializer_range": 0.4,  # sharp enough that texts differ by prompt and neighbours in rank rarely tie
+    "initializer_range": 0.4,  # sharp enough that texts differ by prompt and neighbors in rank rarely tie
 }
 
 
-def tiny_model(folder: Path, family: str, **changes: Any) -> str:
+def tiny_model(folder: Path, architecture: str, **changes: Any) -> str:
     import torch
     import transformers
 
     torch.manual_seed(1)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **changes})
-    config.architectures = [f"{family}ForCausalLM"]
-    getattr(transformers, f"{family}ForCausalLM")(config).to(torch.float32).save_pretrained(folder)
+    config = getattr(transformers, f"{architecture}Config")(**{**SIZES, **changes})
+    config.architectures = [f"{architecture}ForCausalLM"]
+    getattr(transformers, f"{architecture}ForCausalLM")(config).to(torch.float32).save_pretrained(folder)
     return str(folder)
 
 

@@ -47,17 +47,17 @@ def split(line: str) -> list[list[str]]:
     """The single commands of a line, as words; what they are redirected to is left out."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|>")
     lexer.whitespace_split, lexer.commenters = True, "#"
-    found: list[list[str]] = [[]]
+    commands: list[list[str]] = [[]]
     skip = False
     for word in lexer:
         if word in _OPERATORS:
             skip = word.startswith(">")
-            found += [] if skip else [[]]
+            commands += [] if skip else [[]]
         elif not skip:
-            found[-1].append(word)
+            commands[-1].append(word)
         else:
             skip = False
-    return [words for words in found if words]
+    return [words for words in commands if words]
 
 
 def check(words: Sequence[str], *, partial: bool = False) -> None:
@@ -156,13 +156,13 @@ def _python(arguments: Sequence[str], partial: bool) -> None:
 
 def _command_of(module: str) -> list[str]:
     """The words of the `owlrec` command that an entry point runs."""
-    found: list[str] = []
+    command: list[str] = []
     try:
-        with mock.patch("pipelines.command", lambda *words: found.extend(words)):
+        with mock.patch("pipelines.command", lambda *words: command.extend(words)):
             runpy.run_module(module, run_name="__main__")
     except ImportError as error:
         raise Wrong(f"there is no {module} ({error})") from None
-    return found
+    return command
 
 
 def _argparse(module: str, arguments: Sequence[str], partial: bool) -> None:
@@ -196,8 +196,9 @@ def make_targets() -> set[str]:
 
 
 def _make(arguments: Sequence[str]) -> None:
-    if not arguments or (unknown := set(arguments) - make_targets()):
-        raise Wrong(f"make has no target {', '.join(unknown) if arguments else ''}")
+    targets = {word for word in arguments if "=" not in word}  # the others set a variable
+    if not targets or (unknown := targets - make_targets()):
+        raise Wrong(f"make has no target {', '.join(unknown) if targets else ''}")
 
 
 def _pytest(arguments: Sequence[str]) -> None:
@@ -219,11 +220,11 @@ def _pip(arguments: Sequence[str]) -> None:
 @lru_cache
 def every_option() -> set[str]:
     """The options of our commands, and those literal in our sources."""
-    found, commands = set(), [owlrec_command()]
+    options, commands = set(), [owlrec_command()]
     for command in commands:  # which grows by the commands of groups
         commands += getattr(command, "commands", {}).values()
-        found |= {opt for p in command.params for opt in [*p.opts, *p.secondary_opts]}
+        options |= {opt for p in command.params for opt in [*p.opts, *p.secondary_opts]}
     for folder in ("pipelines", "benchmarks", "platform", "tests"):
         for file in (ROOT / folder).rglob("*.py"):
-            found |= set(re.findall(r'"(--[\w-]+)"', file.read_text("utf-8")))
-    return found
+            options |= set(re.findall(r'"(--[\w-]+)"', file.read_text("utf-8")))
+    return options

@@ -33,12 +33,12 @@ def name_of(document: Path) -> str:
 def blocks(document: Path) -> list[Block]:
     """All fenced blocks, in order."""
     text = document.read_text("utf-8")
-    found = []
+    fences = []
     for match in _BLOCK.finditer(text):
         before, info = text[: match.start()], match["info"].strip()
         title = _TITLE.search(info)
         sections = re.findall(r"^## (.+)$", _BLOCK.sub("", before), re.M)
-        found.append(
+        fences.append(
             Block(
                 before.count("\n") + 1,
                 info.split(" ")[0],
@@ -47,7 +47,7 @@ def blocks(document: Path) -> list[Block]:
                 sections[-1] if sections else "",
             )
         )
-    return found
+    return fences
 
 
 def prose(document: Path) -> str:

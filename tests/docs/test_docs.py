@@ -38,7 +38,7 @@ BASE = {
 }
 OTHER_YAML = {"rule_files"}  # first key of YAML that is another program's
 WALK = ROOT / "docs" / "your-data.md"
-WALK_SECTION = "The whole walk on invented data"
+WALK_SECTION = "A walkthrough on invented data"
 HOST = "http://127.0.0.1:8000"  # without keys, applications answer to loopback alone
 
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -61,6 +61,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.process
 def test_the_site_has_every_page_and_asks_no_other_server(site: Path) -> None:
     for page in PAGES:
         path = page.relative_to(ROOT / "docs").with_suffix("")
@@ -74,6 +75,7 @@ def test_the_site_has_every_page_and_asks_no_other_server(site: Path) -> None:
         assert not asked, f"{file.relative_to(site)}: {asked}"
 
 
+@pytest.mark.process
 def test_the_reference_shows_what_a_setting_is_for(site: Path) -> None:
     recipe, ctr = ((site / "reference" / name / "index.html").read_text("utf-8") for name in ("recipe", "ctr"))
     assert 'id="owlrec.ctr.experiment.CTRConfig"' in recipe
@@ -104,7 +106,7 @@ def test_links_lead_somewhere(document: Path) -> None:
             wrong.append(f"{link}: a server's page, which may go")
         elif not target.exists():
             wrong.append(f"{link}: no such file")
-        elif anchor and not anchor.startswith("owlrec.") and anchor not in anchors(target):
+        elif anchor and not anchor.startswith(("owlrec.", "owlrec_decoding.")) and anchor not in anchors(target):
             wrong.append(f"{link}: no such heading")
     assert not wrong
 
@@ -114,7 +116,7 @@ def test_reference_anchors_are_documented(document: Path) -> None:
     """Links to `owlrec.x.y` on a page of the reference: that page documents y of the module x, which exists."""
     for link in links(document):
         path, _, anchor = link.partition("#")
-        if not anchor.startswith("owlrec."):
+        if not anchor.startswith(("owlrec.", "owlrec_decoding.")):
             continue
         page = (document.parent / path).resolve() if path else document
         shown = re.findall(r"^::: ([\w.]+)$", page.read_text("utf-8"), re.M)
@@ -265,7 +267,7 @@ def has_key(models: list[type[Config]], names: list[str]) -> bool:
     """Whether one of `models` has the key that `names` lead to."""
     fields = [m.model_fields[names[0]] for m in models if names[0] in m.model_fields]
     return bool(fields) and (
-        len(names) == 1 or any(has_key(found, names[1:]) for f in fields if (found := models_of(f)))
+        len(names) == 1 or any(has_key(model, names[1:]) for f in fields if (model := models_of(f)))
     )
 
 
@@ -347,7 +349,7 @@ def walk(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Iterator[
     (done.folder / "cluster").symlink_to(ROOT / "cluster")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(done.folder)
-        patched.setattr("owlrec.encoding.encoder.Encoder", QuickEncoder)
+        patched.setattr("owlrec.encoding.vectors.Encoder", QuickEncoder)
         for block in blocks(WALK):
             if block.section != WALK_SECTION:
                 continue
@@ -381,7 +383,7 @@ def test_the_walk_publishes_looks_up_and_goes_back(walk: Walk) -> None:
     (rows,) = re.findall(r"writing knowledge: (\d+)/\1 rows", first)
     assert int(rows) == 140  # 40 users as of half and now, 60 items
     assert "is current" in first
-    assert "all 6 shards done already" in again
+    assert "all 6 shards are already done" in again
     (looked_up,) = walk.output("owlrec lookup")
     assert looked_up.count("echo-") == 2
     assert (walk.folder / "knowledge.jsonl").read_text("utf-8").count("\n") == 80
@@ -410,8 +412,7 @@ def test_python_on_the_serving_page_gets_its_answers(walk: Walk, monkeypatch: py
     from owlrec.serving.keys import KeyRing
     from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
     from owlrec.serving.rank_api import Cascade, build_rank_api
-    from owlrec.serving.served import ServedReleases, WorkspaceReleases
-    from owlrec.serving.similar import SimilarEntities
+    from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
     from owlrec.workspace import Workspace
 
     class Descending:
@@ -426,12 +427,12 @@ def test_python_on_the_serving_page_gets_its_answers(walk: Walk, monkeypatch: py
     knowledge = build_knowledge_api(served, SimilarEntities(store.root), keys, KnowledgeConfig(), NoTelemetry())
     rank = build_rank_api(Cascade(Descending(), Descending()), keys, Limits(), NoTelemetry(), ready)
     printed = []
-    with TestClient(knowledge, HOST) as of_knowledge, TestClient(rank, HOST) as of_rank:
+    with TestClient(knowledge, HOST) as knowledge_client, TestClient(rank, HOST) as rank_client:
 
         class Applications(httpx.BaseTransport):
             def handle_request(self, request: httpx.Request) -> httpx.Response:
                 path = request.url.raw_path.decode()
-                client = of_rank if path.startswith("/rank/") else of_knowledge
+                client = rank_client if path.startswith("/rank/") else knowledge_client
                 answer = client.request(
                     request.method,
                     path.removeprefix("/rank"),

@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -26,13 +27,12 @@ from processes import command_lines
 
 from owlrec import schema
 from owlrec.generation.job import build_job, dead_file, read_knowledge, table_inputs
+from owlrec.ids import shard_of
 from owlrec.recipe import load_recipe
 from owlrec.runner import pending_shards
-from owlrec.schema import shard_of
 from owlrec.shards import finish_stage
 from owlrec.workspace import Workspace
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 USERS, ITEMS, SHARDS = 240, 120, 16
 REPLICAS, CONCURRENCY = 2, 5
 ANSWER_S = 0.08
@@ -54,7 +54,7 @@ class Oracle(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed is no news here."""
+        """A killed client may break its connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -68,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
         if POISON in prompt:
             self._reply(400, {"error": "no"})
             return
-        text = "The viewer enjoys slow stories with wry humour, since most of what was rated highly is told that way."
+        text = "The viewer enjoys slow stories with wry humor, since most of what was rated highly is told that way."
         choice = {"message": {"content": text}, "finish_reason": "stop"}
         self._reply(200, {"choices": [choice], "usage": {"prompt_tokens": 9, "completion_tokens": 20}})
 
@@ -137,22 +137,18 @@ scenario: movies
 workspace: {workspace}
 source: {{type: movielens-100k}}
 engine: {{type: http, base_url: "http://{host}:{port}/v1", model: oracle, concurrency: {CONCURRENCY}, max_attempts: 2}}
-generate: {{min_replicas: {replicas[0]}, max_replicas: {replicas[1]}, engine_cpus: 1, max_dead_share: 0.1}}
-ray: {{address: "{address}"}}
+generate: {{replicas: [{replicas[0]}, {replicas[1]}], engine_cpus: 1, max_dead_share: 0.1}}
+ray: "{address}"
 """
     )
 
 
-def submit(recipe: Path, log: Path) -> subprocess.Popen[bytes]:
+def submit(recipe: Path, log: Path) -> forked.Forked:
     """The command that a user would type, again and again."""
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "pipelines.generate", str(recipe)],
-            cwd=ROOT, stdout=file, stderr=file, start_new_session=True,
-        )  # fmt: skip
+    return forked.owlrec("run", str(recipe), "--only", "generate", log=log)
 
 
-def kill_driver(process: subprocess.Popen[bytes]) -> None:
+def kill_driver(process: forked.Forked) -> None:
     """kill -9 for a driver. Its workers belong to the cluster, which notices."""
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -177,7 +173,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def wait_for_shards(workspace: Path, number: int, process: subprocess.Popen[bytes], timeout_s: float = 60) -> bool:
+def wait_for_shards(workspace: Path, number: int, process: forked.Forked, timeout_s: float = 60) -> bool:
     """Waits until so many shards are done; False where the command ended before."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:

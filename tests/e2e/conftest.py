@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from heads import make_bare_python
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "ranking"))  # whose tiny models are tuned here too
+TESTS = Path(__file__).resolve().parent.parent
+sys.path += [str(TESTS / "ranking"), str(TESTS / "decoding")]  # whose tiny models are tuned and served here too
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +33,7 @@ def echo_recipe(tmp_path: Path) -> Path:
             engine: {{type: echo, latency_s: 0.3}}
             sampling: {{max_tokens: 40}}
             ctr: {{backbones: [dcnv2], arms: [none, knowledge], seeds: [0], epochs: 1}}
-            ray: {{num_cpus: 2}}
+            ray: local[2]
             """
         )
     )

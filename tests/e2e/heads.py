@@ -59,8 +59,8 @@ class Head:
     def jobs(self) -> list[dict]:
         """Of the jobs API."""
         token = {"Authorization": f"Bearer {self.env['RAY_AUTH_TOKEN']}"} if "RAY_AUTH_TOKEN" in self.env else {}
-        found: list[dict] = httpx.get(f"{self.address}/api/jobs/", headers=token, timeout=30).json()
-        return found
+        listed: list[dict] = httpx.get(f"{self.address}/api/jobs/", headers=token, timeout=30).json()
+        return listed
 
 
 def make_bare_python(folder: Path) -> Path:
@@ -72,8 +72,8 @@ def make_bare_python(folder: Path) -> Path:
         capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
     (Path(site) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    found = subprocess.run([python, "-c", "import owlrec"], cwd=folder, capture_output=True, text=True, check=False)
-    assert "No module named 'owlrec'" in found.stderr
+    imported = subprocess.run([python, "-c", "import owlrec"], cwd=folder, capture_output=True, text=True, check=False)
+    assert "No module named 'owlrec'" in imported.stderr
     return python
 
 
@@ -110,11 +110,11 @@ def kill_head(head: Head) -> None:
 
 def end_head(head: Head, patience_s: float = 5) -> list[psutil.Process]:
     """Ends a head as a service manager would. What has outlived it after `patience_s` is killed, and given back."""
-    family = head.processes()
+    tree = head.processes()
     if head.process.poll() is None:
         head.process.send_signal(signal.SIGTERM)
-        psutil.wait_procs(family, timeout=patience_s)
-    left = [p for p in {*family, *head.processes()} if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        psutil.wait_procs(tree, timeout=patience_s)
+    left = [p for p in {*tree, *head.processes()} if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     _kill(left)
     head.process.wait()
     return left
@@ -142,7 +142,7 @@ def owlrec(head: Head, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def owlrec_command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "owlrec.cli", *arguments]
+    return [sys.executable, "-m", "owlrec", *arguments]
 
 
 def free_port() -> int:

@@ -16,7 +16,7 @@ from heads import ROOT, Head, end_head, free_port, knowledge_rows, local_head, o
 from processes import command_lines
 
 from owlrec.recipe import load_recipe
-from owlrec.runs.batch import prepare
+from owlrec.runs.stages import prepare
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.e2e
@@ -71,7 +71,7 @@ def head(tmp_path: Path, python: Path) -> Iterator[Head]:
 def test_nodes_come_for_pending_actors_and_go_when_idle_and_a_killed_one_costs_no_row(
     echo_recipe: Path, tmp_path: Path, head: Head
 ) -> None:
-    two_engines = "{min_replicas: 2, max_replicas: 2, engine_cpus: 1}"
+    two_engines = "{replicas: [2, 2], engine_cpus: 1}"
     recipe = echo_recipe.read_text().replace("latency_s: 0.3", "latency_s: 8") + f"generate: {two_engines}\n"
     echo_recipe.write_text(recipe)
     settings = load_recipe(echo_recipe)

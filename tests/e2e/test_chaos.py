@@ -6,6 +6,7 @@
 import random
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from owlrec.workspace import Workspace
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]
-HARMS_A_RUN = 3
+HARMS_PER_RUN = 3
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -26,11 +27,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    """A head and two worker nodes on this machine, which jobs join by address.
-
-    A new one for each test: Ray Data sets resources aside for a killed driver's dataset for minutes, so that the next
-    job's pool would not grow meanwhile.
+    """A cluster for one test that kills drivers: Ray Data sets resources aside for a killed driver's dataset for
+    minutes, so that the next job's pool would not grow meanwhile.
     """
+    with started_cluster() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[Any]:
+    """A cluster for the tests whose drivers end well."""
+    with started_cluster() as started:
+        yield started
+
+
+@contextmanager
+def started_cluster() -> Iterator[Any]:
+    """A head and two worker nodes on this machine, which jobs join by address."""
     from ray.cluster_utils import Cluster
 
     node = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
@@ -45,7 +58,7 @@ def cluster() -> Iterator[Any]:
 def test_every_row_once_after_any_harm(cluster: Any, seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     # Every harm gets its turn, and so does every pair of them, over enough seeds.
-    harms = [chaos.HARMS[seed % len(chaos.HARMS)], *rng.sample(chaos.HARMS, HARMS_A_RUN - 1)]
+    harms = [chaos.HARMS[seed % len(chaos.HARMS)], *rng.sample(chaos.HARMS, HARMS_PER_RUN - 1)]
     server, folder, log = chaos.Oracle(), tmp_path / "ws", tmp_path / "log"
     recipe = tmp_path / "recipe.yaml"
     try:
@@ -103,7 +116,7 @@ def harm(rng: random.Random, cluster: Any, harms: list[str], folder: Path, recip
     return cost
 
 
-def test_pool_grows_under_load_and_shrinks_when_little_is_left(cluster: Any, tmp_path: Path) -> None:
+def test_pool_grows_under_load_and_shrinks_when_little_is_left(shared_cluster: Any, tmp_path: Path) -> None:
     server, folder, log, recipe = (
         chaos.Oracle(answer_s=3.0),
         tmp_path / "ws",
@@ -111,7 +124,7 @@ def test_pool_grows_under_load_and_shrinks_when_little_is_left(cluster: Any, tmp
         tmp_path / "recipe.yaml",
     )
     chaos.prepare(Workspace(folder), slow_item=True)
-    chaos.write_recipe(recipe, folder, server, cluster.address, replicas=(1, 3))
+    chaos.write_recipe(recipe, folder, server, shared_cluster.address, replicas=(1, 3))
     job, replicas = chaos.submit(recipe, log), []
     deadline = time.monotonic() + 240
     while job.poll() is None and time.monotonic() < deadline:
@@ -119,7 +132,7 @@ def test_pool_grows_under_load_and_shrinks_when_little_is_left(cluster: Any, tmp
         # However long a busy machine takes to start a second replica, the load lasts until it is there.
         server.answer_s = 3.0 if max(replicas) < 2 else 0.4
         time.sleep(0.25)
-    assert job.returncode == 0, log.read_text()[-3000:]
+    assert job.poll() == 0, log.read_text()[-3000:]
     chaos.audit(recipe, server)
     server.shutdown()
     server.server_close()
@@ -131,17 +144,17 @@ def test_pool_grows_under_load_and_shrinks_when_little_is_left(cluster: Any, tmp
     assert sum(server.asked.values()) == len(server.asked), "growing and shrinking must repeat nothing"
 
 
-def test_draining_node_gets_no_new_work_and_loses_no_row(cluster: Any, tmp_path: Path) -> None:
+def test_draining_node_gets_no_new_work_and_loses_no_row(shared_cluster: Any, tmp_path: Path) -> None:
     server, folder, log, recipe = chaos.Oracle(), tmp_path / "ws", tmp_path / "log", tmp_path / "recipe.yaml"
     chaos.prepare(Workspace(folder))
-    chaos.write_recipe(recipe, folder, server, cluster.address)
+    chaos.write_recipe(recipe, folder, server, shared_cluster.address)
     job = chaos.submit(recipe, log)
     assert chaos.wait_for_shards(folder, 3, job)
-    node = cluster.worker_nodes.copy().pop()
-    chaos.drain(cluster.address, node.node_id, seconds=2)
+    node = shared_cluster.worker_nodes.copy().pop()
+    chaos.drain(shared_cluster.address, node.node_id, seconds=2)
     time.sleep(2)
-    cluster.remove_node(node, allow_graceful=False)
-    cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+    shared_cluster.remove_node(node, allow_graceful=False)
+    shared_cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
     assert job.wait(timeout=120) == 0, log.read_text()[-3000:]
     chaos.audit(recipe, server)
     server.shutdown()

@@ -6,10 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 from owlrec.cli import app
-from owlrec.cohorts.model import POINTER, read_profiles
+from owlrec.cohorts.cohort_model import POINTER, read_profiles
 from owlrec.recipe import load_recipe
 from owlrec.releases.release import open_release
-from owlrec.runs.stage import STAGES, stage_function
+from owlrec.runs import STAGES
+from owlrec.runs.stages import stage_function
 from owlrec.shards import Artifact, Shard, finished_stage
 from owlrec.storage import Pointer
 from owlrec.workspace import Workspace
@@ -26,10 +27,10 @@ def write_recipe(path: Path, workspace: Path, users: int) -> Path:
         source: {{type: movielens-100k, max_users: {users}, max_items: 200}}
         shard_rows: 50
         cohorts:
-          users: {{mean_size: 12}}
-          items: {{mean_size: 12}}
+          mean_size: 12
         prompts: {{mode: collective}}
         engine: {{type: echo}}
+        encoder: {{model: hashing}}
         sampling: {{max_tokens: 40}}
         ctr: {{backbones: [dcnv2], arms: [none, collective, shuffled], seeds: [0], epochs: 1}}
         """
@@ -49,7 +50,7 @@ def calls(workspace: Workspace) -> tuple[int, int]:
     generated = finished_stage(workspace, "generate")
     assert generated is not None
     cards = Artifact(workspace, generated.outputs["knowledge"]).cards()
-    assert {Shard.of_name(name).kind for name in cards} == {"cohort"}
+    assert {Shard.from_name(name).kind for name in cards} == {"cohort"}
     return sum(c.rows_in for c in cards.values()), sum(int(c.counts["rows_asked"]) for c in cards.values())
 
 
@@ -67,8 +68,8 @@ def test_a_cohort_s_text_serves_its_members(
     assert rows * 5 < len(users) + len(items)
     with open_release(workspace) as release:
         for kind, ids in (("user", users), ("item", items)):
-            found = release.store.get(kind, ids)
-            assert all(k is not None and k.framework == "collective" and "echo-" in k.text for k in found)
+            knowledge = release.store.get(kind, ids)
+            assert all(k is not None and k.framework == "collective" and "echo-" in k.text for k in knowledge)
             assert release.store.vectors(kind, ids)[1].all()
         assert any(len(c) == 2 for c in release.store.cohorts("user", users))  # liked and disliked
         assert release.store.get("user", [10**9]) == [None]
@@ -78,7 +79,7 @@ def test_a_cohort_s_text_serves_its_members(
 
     capsys.readouterr()
     run(recipe, "generate")
-    assert "shards done already" in capsys.readouterr().out
+    assert "shards are already done" in capsys.readouterr().out
 
     # A few more users: cohorts that have hardly moved keep their prompt, and so their text.
     run(write_recipe(recipe, folder, 126), "generate")

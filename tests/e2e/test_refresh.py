@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import killed_refresh  # type: ignore[import-not-found]
 import numpy as np
 import pyarrow as pa
@@ -22,9 +23,10 @@ from owlrec.recipe import Recipe, load_recipe
 from owlrec.refresh.events import EVENTS
 from owlrec.refresh.state import dead_files, pointer, read_state
 from owlrec.releases import current_release, list_releases, open_release
-from owlrec.releases.manifest import read_manifest
-from owlrec.runs.refresh import run
-from owlrec.runs.stage import STAGES, stage_function
+from owlrec.releases.format import read_manifest
+from owlrec.runs import STAGES
+from owlrec.runs.stages import stage_function
+from owlrec.runs.upkeep import run
 from owlrec.workspace import Workspace
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]
@@ -48,11 +50,12 @@ def published(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path
             source: {{type: movielens-100k, max_users: 60, max_items: 120}}
             shard_rows: 20
             engine: {{type: echo}}
+            encoder: {{model: hashing}}
             sampling: {{max_tokens: 40}}
             split: {{cuts: half}}
             prompts: {{history_tokens: 1000}}
             streaming: {{partitions: 3}}
-            ray: {{address: "{ray.get_runtime_context().gcs_address}"}}
+            ray: "{ray.get_runtime_context().gcs_address}"
             """
         )
     )
@@ -112,10 +115,10 @@ def assert_same(one: Workspace, other: Workspace) -> None:
 def stored(workspace: Workspace, recipe: Recipe) -> dict[tuple[int, int], list[float]]:
     """The vector of each partition that was read, by user and as_of."""
     shards = VectorShards(workspace, partitions_folder(recipe.encoder.identity), PARTITIONS)
-    found = [shard for number in shards.numbers if (shard := shards.shard(number)) is not None]
+    read = [shard for number in shards.numbers if (shard := shards.shard(number)) is not None]
     return {
         (id_, moment): vector
-        for shard in found
+        for shard in read
         for id_, moment, vector in zip(shard.ids.tolist(), shard.as_of.tolist(), shard.vectors.tolist(), strict=True)
     }
 
@@ -125,10 +128,10 @@ def contents(workspace: Workspace, kind: str = "user") -> dict[int, tuple[str, i
     with open_release(workspace) as release:
         ids = release.store.ids(kind)
         rows, there = release.store.partitions(kind, ids, 8)
-        found = release.store.get(kind, ids)
+        knowledge = release.store.get(kind, ids)
     return {
         k.id: (k.text, k.as_of, vectors[mask].tolist())
-        for k, vectors, mask in zip(found, rows, there, strict=True)
+        for k, vectors, mask in zip(knowledge, rows, there, strict=True)
         if k is not None
     }
 
@@ -190,9 +193,9 @@ def test_kill_at_any_step_ends_in_the_release_of_an_undisturbed_run(published: P
     write_log(workspace, "one", first[::-1])
     write_items(workspace, "one", items[:0:-1])
     for step in killed_refresh.STEPS:
-        command = [sys.executable, killed_refresh.__file__, str(short), workspace.root, step]
-        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-        assert ran.returncode == -signal.SIGKILL, f"{step}: {ran.stdout}{ran.stderr}"
+        log = published.parent / f"{step}.log"
+        dying = forked.Forked(killed_refresh.refresh_until, step, short, workspace.root, log=log)
+        assert dying.wait(timeout=120) == -signal.SIGKILL, f"{step}: {log.read_text()}"
         if step == "planned":  # newer events and items, which the plan in hand knows nothing of; sent twice
             write_log(workspace, "two", [*second[::-1], *second[:5]])
             write_items(workspace, "two", items)
@@ -216,15 +219,15 @@ def test_kill_at_any_step_ends_in_the_release_of_an_undisturbed_run(published: P
 
 
 def test_stages_on_ray_leave_what_they_leave_in_this_process(copies: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
+    outcomes = []
     for name, here in (("here", 1000), ("ray", -1)):
         recipe, workspace = copies(name)
-        monkeypatch.setattr("owlrec.runs.refresh.HERE_ROWS", here)
+        monkeypatch.setattr("owlrec.runs.upkeep.HERE_ROWS", here)
         write_log(workspace, "one", [*moved(workspace, 1), (10**9, 1, 4.0, 10**12)])
         (state,) = run(recipe, workspace)
         users = [u for n in state.shards for u in state.read_users(workspace, n, recipe.encoder.model)]
-        found.append((contents(workspace), users, state.counts))
-    assert found[0] == found[1]
+        outcomes.append((contents(workspace), users, state.counts))
+    assert outcomes[0] == outcomes[1]
 
 
 def test_bad_events_are_refused_and_counted_and_the_others_taken(copies: Callable) -> None:
@@ -252,7 +255,7 @@ def test_mistakes_end_with_one_line_and_no_traceback(published: Path, copies: Ca
     command = refresh_command(published, workspace)
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, "Traceback" in ran.stderr) == (1, False)
-    assert f"{workspace.root}/events: no events are there. Put Parquet files" in ran.stderr
+    assert f"{workspace.root}/events: there are no events. Add Parquet files" in ran.stderr
 
 
 def test_watch_goes_on_until_it_is_told_to_stop(published: Path, copies: Callable, tmp_path: Path) -> None:
@@ -272,5 +275,5 @@ def test_watch_goes_on_until_it_is_told_to_stop(published: Path, copies: Callabl
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "stopped; the next refresh goes on from here" in output
+    assert "stopped; the next refresh continues from here" in output
     assert output.count("events_new") == 2

@@ -14,7 +14,7 @@ import pytest
 from heads import Head, kill_head, knowledge_rows, local_head, owlrec, owlrec_command, wait_until
 
 from owlrec.recipe import load_recipe
-from owlrec.runs.batch import prepare
+from owlrec.runs.stages import prepare
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.e2e
@@ -59,10 +59,10 @@ def test_twice_is_once_and_lost_drivers_and_heads_cost_no_row(
         first = started(head, *submit)
         wait_until(lambda: len(generate_jobs(head)) > 0, 120, "the job")
         second = started(head, *submit)
-        wait_until(lambda: "is running already" in (second.stdout.readline() if second.stdout else ""), 60, "the job")
+        wait_until(lambda: "is already running" in (second.stdout.readline() if second.stdout else ""), 60, "the job")
         wait_until(lambda: shards(workspace) > 0, 120, "a shard")
         [job] = generate_jobs(head)
-        head.kill_where(lambda p: p.cmdline()[1:3] == ["-m", "pipelines.generate"])
+        head.kill_where(lambda p: p.cmdline()[1:4] == ["-m", "owlrec", "run"])
         assert [first.wait(), second.wait()] == [137, 137]
         done = shards(workspace)
         assert 0 < done < 12
@@ -91,14 +91,14 @@ def test_twice_is_once_and_lost_drivers_and_heads_cost_no_row(
         assert f"{12 - done} of 12 shards to do" in again.stdout
         finished = owlrec(head, *submit)
         assert finished.returncode == 0
-        assert "has succeeded before, nothing to do" in finished.stdout
+        assert "has already succeeded" in finished.stdout
     rows = [(row["kind"], row["id"]) for row in knowledge_rows(workspace)]
     assert len(rows) == len(set(rows)) == 180
 
 
 def refused_without_its_token(head: Head, *submit: str) -> None:
     plain = {name: value for name, value in head.env.items() if name not in SECRET}
-    said = {"asks for a token": {"RAY_AUTH_MODE": "disabled"}, "has expired": {"RAY_AUTH_TOKEN": "b" * 64}}
+    said = {"requires a token": {"RAY_AUTH_MODE": "disabled"}, "has expired": {"RAY_AUTH_TOKEN": "b" * 64}}
     with ThreadPoolExecutor() as pool:  # at once, since each starts a command
         shells = [replace(head, env=plain | env) for env in said.values()]
         for words, refused in zip(said, pool.map(lambda shell: owlrec(shell, *submit), shells), strict=True):
@@ -107,7 +107,7 @@ def refused_without_its_token(head: Head, *submit: str) -> None:
 
 
 def generate_jobs(head: Head) -> list[dict]:
-    return [job for job in head.jobs() if "pipelines.generate" in job["entrypoint"]]
+    return [job for job in head.jobs() if "owlrec run --only generate" in job["entrypoint"]]
 
 
 def shards(workspace: Path) -> int:

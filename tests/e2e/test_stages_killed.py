@@ -8,13 +8,12 @@ other on Ray, whose workers are killed too; by default one runs. tests/e2e/test_
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import chaos  # type: ignore[import-not-found]
+import forked
 import psutil
 import pyarrow as pa
 import pytest
@@ -28,10 +27,9 @@ from owlrec.storage import Storage
 from owlrec.workspace import Workspace
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3600)]
-ROOT = Path(__file__).resolve().parent.parent.parent
 STAGES = ("prepare", "generate", "encode", "publish", "refresh")
 HARMS = ("kill", "kill", "truncate", "fill disk")
-AT_HAND = 4  # shards that one worker may have begun when it dies: what a kill can cost
+IN_FLIGHT = 4  # shards that one worker may have begun when it dies: what a kill can cost
 HARMS_PER_STAGE = 3
 ENDS_WITHIN_S = 600  # a stage, Ray's start included, on a machine that is busy with something else
 USERS = 120
@@ -52,30 +50,25 @@ source: {{type: movielens-100k, max_users: {USERS}, max_items: 160}}
 shard_rows: 8
 engine: {{type: echo, latency_s: 0.05}}
 sampling: {{max_tokens: 40}}
-generate: {{max_replicas: {replicas}, engine_cpus: 1}}
-ray: {{num_cpus: 2}}
-encoder: {{model: hashing, replicas: {replicas}, semantic_ids: {{codes_per_level: 8}}}}
-streaming: {{freeze_behaviours: 4}}
+generate: {{replicas: {replicas}, engine_cpus: 1}}
+ray: local[2]
+encoder: {{model: hashing, replicas: {replicas}, semantic_ids: 3x8}}
+streaming: {{freeze_behaviors: 4}}
 """
     )
     return path
 
 
-RUN = """
-import sys
-from owlrec.cli import app
-from owlrec.runs import batch, refresh
-if EVERYWHERE:  # however few rows there are
-    batch.PREPARED_HERE = batch.PARTS_ON_RAY = refresh.HERE_ROWS = refresh.PARTS_ON_RAY = 0
-app(["refresh", sys.argv[1]] if "STAGE" == "refresh" else ["run", sys.argv[1], "--only", "STAGE"])
-"""
+# Every stage on Ray, however few rows there are.
+EVERYWHERE = dict.fromkeys(
+    ("owlrec.runs.stages.PREPARED_HERE", "owlrec.runs.stages.PARTS_ON_RAY",
+     "owlrec.runs.upkeep.HERE_ROWS", "owlrec.runs.upkeep.PARTS_ON_RAY"), 0,
+)  # fmt: skip
 
 
-def start(stage: str, recipe: Path, log: Path, *, on_ray: bool = False) -> subprocess.Popen[bytes]:
-    code = RUN.replace("EVERYWHERE", str(on_ray)).replace("STAGE", stage)
-    with log.open("ab") as file:
-        command = [sys.executable, "-c", code, str(recipe)]
-        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+def start(stage: str, recipe: Path, log: Path, *, on_ray: bool = False) -> forked.Forked:
+    command = ["refresh", str(recipe)] if stage == "refresh" else ["run", str(recipe), "--only", stage]
+    return forked.owlrec(*command, log=log, constants=EVERYWHERE if on_ray else {})
 
 
 def add_events(folder: Path) -> None:
@@ -149,11 +142,11 @@ class Counted:
 
     def __init__(self, folder: Path, recipe: Path, log: Path, *, on_ray: bool) -> None:
         self.folder, self.recipe, self.log, self.on_ray = folder, recipe, log, on_ray
-        self.again = self.damaged = self.at_hand = self.kills = 0
+        self.again = self.damaged = self.in_flight = self.kills = 0
         self.before: dict[Path, tuple[str, float]] = {}
         self.started = 0.0
 
-    def start(self, stage: str) -> subprocess.Popen[bytes]:
+    def start(self, stage: str) -> forked.Forked:
         self.before, self.started = finished(self.folder), time.time()
         return start(stage, self.recipe, self.log, on_ray=self.on_ray)
 
@@ -165,9 +158,9 @@ class Counted:
     def count_kill(self, workers: int) -> None:
         """After a kill: what was being made stays claimed."""
         held = [p for p in self.folder.glob("claims/**/0*") if p.is_file() and p.stat().st_mtime >= self.started]
-        self.at_hand += len(held)
+        self.in_flight += len(held)
         self.kills += 1
-        assert len(held) <= AT_HAND * workers, held
+        assert len(held) <= IN_FLIGHT * workers, held
 
 
 def harm(rng: random.Random, stage: str, runs: Counted) -> None:
@@ -225,7 +218,7 @@ def test_what_is_killed_and_damaged_ends_as_if_nothing_had_happened(
         pytest.skip(str(error))
     place = "Ray" if on_ray else "one process"
     print(
-        f"seed {seed}, {place}: {runs.kills} kills with {runs.at_hand} shards at hand; "
+        f"seed {seed}, {place}: {runs.kills} kills with {runs.in_flight} shards in flight; "
         f"{runs.again} finished shards made again, {runs.damaged} files damaged"
     )
     assert runs.again <= runs.damaged

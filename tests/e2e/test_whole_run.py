@@ -1,15 +1,13 @@
 """The `owlrec` command from raw ratings to report: twice, after a kill -9, and with mistakes."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+import forked
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -18,14 +16,6 @@ from typer.testing import CliRunner
 from owlrec.cli import app
 
 pytestmark = pytest.mark.e2e
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def owlrec(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "owlrec.cli", *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
 
 
 def knowledge_rows(workspace: Path) -> list[tuple[str, int, int, str]]:
@@ -37,8 +27,8 @@ def knowledge_rows(workspace: Path) -> list[tuple[str, int, int, str]]:
 def test_run_writes_everything_and_a_second_run_asks_no_llm(
     echo_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = owlrec("run", str(echo_recipe))
-    assert first.returncode == 0, first.stdout + first.stderr
+    first = forked.owlrec_run("run", str(echo_recipe), folder=tmp_path)
+    assert first.returncode == 0, first.stdout
     workspace = tmp_path / "ws"
     rows = knowledge_rows(workspace)
     assert len(rows) == len({r[:3] for r in rows})
@@ -48,9 +38,9 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
     assert "invented words" in report  # who wrote the texts decides what a reader is warned of
     assert "SmolLM2" not in report
     before = {f: f.stat().st_mtime_ns for f in workspace.glob("knowledge/**/*") if f.is_file()}
-    second = owlrec("run", str(echo_recipe))
+    second = forked.owlrec_run("run", str(echo_recipe), folder=tmp_path)
     assert second.returncode == 0
-    assert "all 12 shards done already" in second.stdout
+    assert "all 12 shards are already done" in second.stdout
     assert {f: f.stat().st_mtime_ns for f in workspace.glob("knowledge/**/*") if f.is_file()} == before
     monkeypatch.chdir(tmp_path)
     looked_up = CliRunner().invoke(app, ["lookup", str(echo_recipe), "user", str(rows[-1][1]), "999999"])
@@ -66,37 +56,34 @@ def test_run_writes_everything_and_a_second_run_asks_no_llm(
     (folder,) = (workspace / "exports").iterdir()
     for kind in ("user", "item"):
         table = pq.read_table(folder / kind)
-        written = sorted({id_ for of, id_, _, _ in rows if of == kind})
+        written = sorted({id_ for row_kind, id_, _, _ in rows if row_kind == kind})
         assert sorted(table["id"].to_pylist()) == written
         assert table["raw_id"].to_pylist() == [str(id_) for id_ in table["id"].to_pylist()]
         assert table["semantic_id"].null_count == 0
-        assert {len(fields) for fields in table["adapted"].to_pylist()} != {0}
+        assert {len(fields) for fields in table["adaptor_fields"].to_pylist()} != {0}
 
 
 def test_kill_in_the_middle_loses_and_doubles_no_row(echo_recipe: Path, tmp_path: Path) -> None:
     workspace = tmp_path / "ws"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "owlrec.cli", "run", str(echo_recipe), "--to", "generate"],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+    process = forked.owlrec("run", str(echo_recipe), "--to", "generate", log=tmp_path / "killed.log")
     deadline = time.monotonic() + 120
     while not list(workspace.glob("knowledge/*/cards/*/*/*.json")):
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    family = psutil.Process(process.pid).children(recursive=True)
-    os.kill(process.pid, signal.SIGKILL)
+    tree = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
     process.wait()
     # Ray's reaper ends the cluster of a dead driver; its agents notice only after a minute or two, which nobody here
     # waits for.
-    _, alive = psutil.wait_procs(family, timeout=3)
+    _, alive = psutil.wait_procs(tree, timeout=3)
     for left in alive:
         with suppress(psutil.NoSuchProcess):
             left.kill()
     done = list(workspace.glob("knowledge/*/cards/*/*/*.json"))
     assert 0 < len(done) < 12
-    resumed = owlrec("run", str(echo_recipe), "--to", "generate")
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    resumed = forked.owlrec_run("run", str(echo_recipe), "--to", "generate", folder=tmp_path)
+    assert resumed.returncode == 0, resumed.stdout
     rows = knowledge_rows(workspace)
     assert len(rows) == len({r[:3] for r in rows})
     assert Counter(kind for kind, _ in {r[:2] for r in rows}) == {"user": 60, "item": 120}
@@ -120,7 +107,7 @@ def test_dry_run_touches_nothing(echo_recipe: Path, tmp_path: Path) -> None:
         (["--from", "enc"], "there is no stage 'enc'"),
         (["--from", "publish", "--to", "prepare"], "comes after"),
         (["--workspace", "/proc/nowhere"], "is not writable"),
-        (["--max-replicas", "0"], "generate.max_replicas: Input should be greater than or equal to 1 (found 0)"),
+        (["--max-replicas", "0"], "generate.replicas: Input should be greater than 0 (found 0)"),
     ],
 )
 def test_mistakes_end_with_one_line_and_no_traceback(echo_recipe: Path, arguments: list[str], message: str) -> None:
@@ -137,8 +124,8 @@ def test_model_without_tokenizer_is_named_though_it_fails_inside_ray(echo_recipe
     (model / "model.safetensors").write_bytes(b"")
     text = echo_recipe.read_text()
     echo_recipe.write_text(text.replace("{type: echo, latency_s: 0.3}", f"{{type: vllm, model: {model}}}"))
-    ran = owlrec("run", str(echo_recipe), "--to", "generate")
-    assert ran.returncode == 1, ran.stdout + ran.stderr
-    assert f"error: model folder {model} has no tokenizer" in ran.stderr
-    assert "Traceback" not in ran.stderr
+    ran = forked.owlrec_run("run", str(echo_recipe), "--to", "generate", folder=tmp_path)
+    assert ran.returncode == 1, ran.stdout
+    assert f"error: model folder {model} has no tokenizer" in ran.stdout
+    assert "Traceback" not in ran.stdout
     assert not list((tmp_path / "ws").glob("knowledge/**/*.parquet"))

@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.encoding.semantic_ids import SemanticIdConfig, code_vectors
-from owlrec.encoding.vectors import codes_of, fit_codebooks, read_quantisers, read_reports, with_codes
+from owlrec.encoding.compression import SemanticIdConfig, code_vectors
+from owlrec.encoding.vectors import codes_of, fit_codebooks, read_quantizers, read_reports, with_codes
 from owlrec.errors import SchemaError
 from owlrec.schema import vectors_table
 from owlrec.workspace import Workspace
@@ -21,14 +21,14 @@ def some_vectors(n: int, seed: int = 0) -> np.ndarray:
 
 def test_codebooks_and_reports_are_kept_by_source_and_kind(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
-    assert read_quantisers(workspace, "v", "knowledge") == {}
+    assert read_quantizers(workspace, "v", "knowledge") == {}
     assert read_reports(workspace, "v") == {}
     vectors, ids = some_vectors(100), np.arange(100)
     users = fit_codebooks(workspace, "v", "knowledge-user", ids, vectors, CONFIG)
     items = fit_codebooks(workspace, "v", "metadata-item", ids[:60], some_vectors(60, 1), CONFIG)
-    [(kind, quantiser)] = read_quantisers(workspace, "v", "knowledge").items()
+    [(kind, quantizer)] = read_quantizers(workspace, "v", "knowledge").items()
     assert kind == "user"
-    codes = code_vectors(quantiser, ids, vectors)
+    codes = code_vectors(quantizer, ids, vectors)
     assert users.vectors == 100
     assert users.unique_rate == len({tuple(row) for row in codes[:, :2].tolist()}) / 100 < 1
     assert users.unique_rate_with_digit == 1
@@ -38,9 +38,9 @@ def test_codebooks_and_reports_are_kept_by_source_and_kind(tmp_path: Path) -> No
 def test_codebooks_that_are_there_stay(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     fit_codebooks(workspace, "v", "knowledge-item", np.arange(50), some_vectors(50), CONFIG)
-    first = read_quantisers(workspace, "v", "knowledge")["item"].fingerprint
+    first = read_quantizers(workspace, "v", "knowledge")["item"].fingerprint
     fit_codebooks(workspace, "v", "knowledge-item", np.arange(50), some_vectors(50, 1), CONFIG)
-    assert read_quantisers(workspace, "v", "knowledge")["item"].fingerprint == first
+    assert read_quantizers(workspace, "v", "knowledge")["item"].fingerprint == first
 
 
 def test_codes_are_read_beside_rows_without_any() -> None:

@@ -9,10 +9,11 @@ import pytest
 
 from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import SourceError
+from owlrec.ids import TABLE_KINDS, TABLES, shard_of
 from owlrec.recipe import Recipe
-from owlrec.runs.batch import encode as run
 from owlrec.runs.exchange import import_vectors
-from owlrec.schema import KNOWLEDGE, TABLE_KINDS, TABLES, shard_of
+from owlrec.runs.stages import encode as run
+from owlrec.schema import KNOWLEDGE
 from owlrec.shards import finish_stage, finished_stage
 from owlrec.workspace import Workspace, shard_file
 
@@ -24,7 +25,7 @@ def recipe_for(workspace: Workspace, **sections: Any) -> Recipe:
         "workspace": workspace.root,
         "source": {"type": "movielens-100k"},
         "engine": {"type": "echo"},
-        "encoder": {"model": "hashing", "semantic_ids": {"codes_per_level": 4}},
+        "encoder": {"model": "hashing", "semantic_ids": "3x4"},
     }
     return Recipe.model_validate({**values, **sections})
 
@@ -71,7 +72,7 @@ def test_knowledge_and_the_control_are_encoded_and_counted(generated: Workspace)
 )
 def test_a_control_that_no_arm_reads_is_not_encoded(generated: Workspace, arms: list[str], names: set[str]) -> None:
     card = run(recipe_for(generated, ctr={"arms": arms}), generated)
-    assert set(generated.names(card.outputs["vectors"])) - {"cards", "gathered", "quantisers"} == names
+    assert set(generated.names(card.outputs["vectors"])) - {"cards", "gathered", "quantizers"} == names
 
 
 def test_a_second_run_changes_nothing_and_a_new_text_the_stage(generated: Workspace) -> None:
@@ -101,5 +102,5 @@ def test_imported_vectors_are_preferred_and_of_the_encoders_dimension(generated:
     assert vectors[0].tolist() == np.eye(256)[2].tolist() != vectors[1].tolist()
     np.save(tmp_path / "v.npy", np.zeros((3, 8), np.float32))
     import_vectors(generated, "item", str(tmp_path / "v.npy"), str(tmp_path / "ids.txt"))
-    with pytest.raises(SourceError, match="vectors of 8 components, but the recipe's encoder gives 256"):
+    with pytest.raises(SourceError, match="vectors of 8 components, but the recipe's encoder has 256"):
         run(recipe_for(generated), generated)

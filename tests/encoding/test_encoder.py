@@ -7,24 +7,25 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from owlrec.encoding import encoder as module
-from owlrec.encoding.encoder import Encoder, EncoderConfig
+from owlrec.encoding import vectors as module
+from owlrec.encoding.vectors import Encoder, EncoderConfig
 from owlrec.errors import EngineError
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return Encoder(EncoderConfig(batch_size=2))
+    return Encoder(EncoderConfig())
 
 
-def test_vectors_are_unit_length_and_in_the_order_of_the_texts(encoder):
+def test_vectors_are_unit_length_and_in_the_order_of_the_texts(encoder, monkeypatch):
+    monkeypatch.setattr(module, "_BATCH_TEXTS", 2)
     texts = ["a robot learns to love " * 9, "space opera", "", "a recipe for apple pie", "  \n"]
     batches = []
     vectors = encoder.encode(texts, batches.append)
     assert vectors.dtype == np.float32
     assert vectors.shape == (5, encoder.dimension) == (5, 384)
     assert np.linalg.norm(vectors, axis=1) == pytest.approx([1, 1, 0, 1, 0], abs=1e-5)
-    assert sum(batches) == 5
+    assert batches == [2, 2, 1]
     for row in (0, 1, 3):
         assert vectors[row] == pytest.approx(encoder.encode([texts[row]])[0], abs=1e-5)
 
@@ -48,7 +49,7 @@ def test_no_text_gives_no_vectors(encoder):
 
 def test_identity_follows_the_window_and_the_files_but_not_the_place(tmp_path, monkeypatch):
     packaged = EncoderConfig().identity
-    assert packaged == EncoderConfig(batch_size=1).identity
+    assert packaged == EncoderConfig(replicas=2).identity
     with monkeypatch.context() as narrow:
         narrow.setattr(module, "MAX_TOKENS", 128)
         assert packaged != EncoderConfig().identity
@@ -84,9 +85,16 @@ def test_mistyped_options_are_refused():
     with pytest.raises(ValidationError, match="batchsize"):
         EncoderConfig(batchsize=3)
     with pytest.raises(ValidationError):
-        EncoderConfig(batch_size=0)
+        EncoderConfig(replicas=0)
 
 
+@pytest.mark.parametrize("ids", ["256", "3x", "x8", "3x100", "0x4", "three"])
+def test_semantic_ids_are_levels_and_whole_bits_of_codes(ids):
+    with pytest.raises(ValidationError, match="semantic_ids"):
+        EncoderConfig(semantic_ids=ids)
+
+
+@pytest.mark.process
 def test_importing_the_module_imports_no_torch():
-    code = "import sys, owlrec.encoding.encoder, owlrec.encoding.vectors; sys.exit('torch' in sys.modules)"
+    code = "import sys, owlrec.encoding.vectors, owlrec.encoding.vectors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,18 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.encoding.encoder import EncoderConfig, HashingEncoder
+from owlrec.encoding.compression import code_vectors
 from owlrec.encoding.inputs import ItemMetadata, KnowledgeTexts, Members, UserMetadata, WithImported, import_vectors
-from owlrec.encoding.semantic_ids import SemanticIdConfig, code_vectors
 from owlrec.encoding.stage import EncodingJob
-from owlrec.encoding.vectors import VectorShards, read_quantisers, read_reports
+from owlrec.encoding.vectors import EncoderConfig, HashingEncoder, VectorShards, read_quantizers, read_reports
 from owlrec.errors import SchemaError
+from owlrec.ids import shard_of, stable_id
 from owlrec.runner import Pool
-from owlrec.schema import COHORTS, HISTORIES, KNOWLEDGE, shard_of, stable_id
+from owlrec.schema import COHORTS, HISTORIES, KNOWLEDGE
 from owlrec.shards import Card
 from owlrec.workspace import Workspace, shard_file
 
-CONFIG = EncoderConfig(model="hashing", semantic_ids=SemanticIdConfig(levels=2, codes_per_level=8))
+CONFIG = EncoderConfig(model="hashing", semantic_ids="2x8")
 SHARDS = {"user": 8, "item": 4, "cohort": 1}
 
 
@@ -36,7 +36,7 @@ class Counting(HashingEncoder):
 
 @pytest.fixture(autouse=True)
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr("owlrec.encoding.encoder.HashingEncoder", Counting)
+    monkeypatch.setattr("owlrec.encoding.vectors.HashingEncoder", Counting)
     Counting.asked = []
     return Counting.asked
 
@@ -98,11 +98,11 @@ def test_every_text_is_encoded_once_and_coded(world: Workspace, counted: list[st
     assert set(rows) == set(range(200))
     wanted = HashingEncoder().encode([texts[i] for i in rows]).astype(np.float16)
     np.testing.assert_array_equal(np.array([vector for vector, _ in rows.values()], np.float16), wanted)
-    [quantiser] = read_quantisers(world, "vectors/v", "knowledge").values()
-    np.testing.assert_array_equal([c for _, c in rows.values()], code_vectors(quantiser, np.array(list(rows)), wanted))
+    [quantizer] = read_quantizers(world, "vectors/v", "knowledge").values()
+    np.testing.assert_array_equal([c for _, c in rows.values()], code_vectors(quantizer, np.array(list(rows)), wanted))
     shard = VectorShards(world, "vectors/v", "knowledge-user").shard(0)
     assert shard is not None
-    assert (shard.quantiser, shard.encoder, shard.kind) == (quantiser.fingerprint, CONFIG.identity, "user")
+    assert (shard.quantizer, shard.encoder, shard.kind) == (quantizer.fingerprint, CONFIG.identity, "user")
     assert read_reports(world, "vectors/v")["knowledge-user"].vectors == 200
 
 
@@ -123,7 +123,7 @@ def test_a_finished_job_loads_no_encoder(world: Workspace, monkeypatch: pytest.M
     assert knowledge_job(world).pending()
     before = knowledge_job(world).run(Pool())
     monkeypatch.setattr(EncoderConfig, "load", lambda self: pytest.fail("loaded"))
-    again = knowledge_job(world, CONFIG.model_copy(update={"batch_size": 3, "replicas": 5}))
+    again = knowledge_job(world, CONFIG.model_copy(update={"gpus": 0.5, "replicas": 5}))
     assert not again.pending()
     assert again.run(Pool()) == before
 
@@ -132,7 +132,7 @@ def test_only_new_and_changed_texts_are_encoded_again(world: Workspace, counted:
     write_knowledge(world, "user", texts_of(200))
     knowledge_job(world).run(Pool())
     before = everything(world, "knowledge-user")
-    [codebooks] = read_quantisers(world, "vectors/v", "knowledge").values()
+    [codebooks] = read_quantizers(world, "vectors/v", "knowledge").values()
     counted.clear()
     changed = {i: text for i, text in texts_of(203).items() if i != 9} | {7: "something else"}
     write_knowledge(world, "user", changed)
@@ -142,7 +142,7 @@ def test_only_new_and_changed_texts_are_encoded_again(world: Workspace, counted:
     after = everything(world, "knowledge-user")
     assert set(after) == set(range(203)) - {9}
     assert {i for i in after if after[i] != before.get(i)} == {7, 200, 201, 202}
-    [same] = read_quantisers(world, "vectors/v", "knowledge").values()
+    [same] = read_quantizers(world, "vectors/v", "knowledge").values()
     assert same.fingerprint == codebooks.fingerprint
 
 
@@ -164,14 +164,14 @@ def test_deleted_codebooks_are_fitted_again_without_the_encoder(world: Workspace
     knowledge_job(world).run(Pool())
     before = everything(world, "knowledge-user")
     counted.clear()
-    world.delete_dir("vectors/v/quantisers/knowledge-user")
+    world.delete_dir("vectors/v/quantizers/knowledge-user")
     assert knowledge_job(world).pending()
     knowledge_job(world).run(Pool())
     assert counted == []
     after = everything(world, "knowledge-user")
-    [quantiser] = read_quantisers(world, "vectors/v", "knowledge").values()
+    [quantizer] = read_quantizers(world, "vectors/v", "knowledge").values()
     vectors = np.array([vector for vector, _ in after.values()])
-    np.testing.assert_array_equal([c for _, c in after.values()], code_vectors(quantiser, np.array([*after]), vectors))
+    np.testing.assert_array_equal([c for _, c in after.values()], code_vectors(quantizer, np.array([*after]), vectors))
     assert {i: vector for i, (vector, _) in after.items()} == {i: vector for i, (vector, _) in before.items()}
     assert after != before
 
@@ -229,8 +229,8 @@ def test_members_follow_the_texts_of_their_cohorts(world: Workspace, counted: li
     members = {1: ["a"], 2: ["a", "b"], 3: ["c"], 4: ["b", "c"]}
     rows = [
         {"kind": "user", "id": i, "as_of": 0, "cohort": c, "facet": "liked", "source": "global", "distance": None}
-        for i, of in members.items()
-        for c in of
+        for i, cohorts in members.items()
+        for c in cohorts
     ]
     table = pa.Table.from_pylist(rows, COHORTS)
     numbers = shard_of(table["id"].to_numpy(), 8)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.feature_extraction.text import HashingVectorizer
 
-from owlrec.encoding.encoder import EncoderConfig, HashingEncoder
+from owlrec.encoding.vectors import EncoderConfig, HashingEncoder
 from owlrec.errors import EngineError
 
 NONZERO, SIGNS = [5, 53, 91, 123, 144, 165, 207, 249], [1, -1, -1, 1, 1, -1, -1, 1]  # of "owl"
@@ -51,11 +51,12 @@ def test_vectors_are_those_of_every_version() -> None:
     assert np.abs(vector[NONZERO]) == pytest.approx([8**-0.5] * 8)
 
 
+@pytest.mark.process
 def test_the_recipe_names_it_and_no_torch_is_imported() -> None:
     assert isinstance(EncoderConfig(model="hashing").load(), HashingEncoder)
     assert EncoderConfig(model="hashing", replicas=4).identity == EncoderConfig(model="hashing").identity
     code = (
-        "import sys; from owlrec.encoding.encoder import EncoderConfig;"
+        "import sys; from owlrec.encoding.vectors import EncoderConfig;"
         "EncoderConfig(model='hashing').load().encode(['x y']); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.inputs import Members, Resources, Rows
-from owlrec.encoding.vectors import VectorShard
-from owlrec.schema import COHORTS, stable_id
+from owlrec.encoding.vectors import EncoderConfig, VectorShard
+from owlrec.ids import stable_id
+from owlrec.schema import COHORTS
 from owlrec.workspace import Workspace
 
 A, B, D = (stable_id(name) for name in "abd")

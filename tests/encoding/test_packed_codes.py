@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.encoding.semantic_ids import pack_codes, packed_bytes, unpack_codes
+from owlrec.encoding.compression import pack_codes, packed_bytes, unpack_codes
 from owlrec.errors import SchemaError
 
 SIZES = st.lists(st.sampled_from([2, 255, 256, 257, 65_536]), min_size=1, max_size=4)
@@ -32,8 +32,8 @@ def test_three_levels_of_256_take_three_bytes_and_a_fourth_where_codes_are_share
     assert pack_codes(np.array([[300, 7, 0]], np.uint16), (512, 256)) == [b"\x01\x2c\x07"]
 
 
-def test_codes_of_another_quantiser_are_refused() -> None:
-    with pytest.raises(SchemaError, match="row 1: code 4 of level 1, which has 4 codes"):
+def test_codes_of_another_quantizer_are_refused() -> None:
+    with pytest.raises(SchemaError, match="row 1: code 4 is out of range: level 1 has 4 codes"):
         pack_codes(np.array([[0, 3, 9], [0, 4, 9]], np.uint16), (4, 4))
-    with pytest.raises(SchemaError, match=r"\[1, 2\], but \[n, 3\] is meant"):
+    with pytest.raises(SchemaError, match=r"\[1, 2\], but must be \[n, 3\]"):
         pack_codes(np.array([[0, 3]], np.uint16), (4, 4))

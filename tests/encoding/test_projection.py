@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from owlrec.encoding.projection import Projection, ProjectionSettings, fit_projection, unit_rows
+from owlrec.encoding.compression import Projection, ProjectionSettings, fit_projection, unit_rows
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.workspace import Workspace
 
@@ -22,13 +22,13 @@ def test_directions_of_most_variance_come_first_and_are_orthonormal() -> None:
     np.testing.assert_allclose(projection.directions @ projection.directions.T, np.eye(2), atol=1e-6)
 
 
-def test_cosines_are_those_of_the_centred_vectors() -> None:
+def test_cosines_are_those_of_the_centered_vectors() -> None:
     vectors = plane()
     projected = fit_projection(vectors, ProjectionSettings(components=5)).apply(vectors)
-    centred = unit_rows(vectors - vectors.mean(axis=0))
-    np.testing.assert_allclose(projected @ projected.T, centred @ centred.T, atol=1e-4)
-    uncentred = unit_rows(vectors) @ unit_rows(vectors).T
-    assert uncentred.mean() > 0.7  # all are alike
+    centered = unit_rows(vectors - vectors.mean(axis=0))
+    np.testing.assert_allclose(projected @ projected.T, centered @ centered.T, atol=1e-4)
+    uncentered = unit_rows(vectors) @ unit_rows(vectors).T
+    assert uncentered.mean() > 0.7  # all are alike
     assert abs((projected @ projected.T).mean()) < 0.1
 
 
@@ -43,7 +43,7 @@ def test_rows_without_a_vector_are_neither_fitted_nor_projected() -> None:
     vectors = plane()
     holes = np.concatenate([vectors, np.zeros((2, 5)), np.full((1, 5), np.nan)]).astype(np.float32)
     fitted, clean = (fit_projection(v) for v in (holes, vectors))
-    np.testing.assert_array_equal(fitted.centre, clean.centre)
+    np.testing.assert_array_equal(fitted.center, clean.center)
     projected = fitted.apply(holes)
     np.testing.assert_array_equal(projected[-3:], 0)
     np.testing.assert_allclose(np.linalg.norm(projected[:-3], axis=1), 1, atol=1e-6)
@@ -53,13 +53,13 @@ def test_sample_is_the_seeds() -> None:
     few = ProjectionSettings(fit_items=20)
     same, again = (fit_projection(plane(), few) for _ in range(2))
     np.testing.assert_array_equal(same.directions, again.directions)
-    assert not np.array_equal(fit_projection(plane(), ProjectionSettings(fit_items=20, seed=1)).centre, same.centre)
+    assert not np.array_equal(fit_projection(plane(), ProjectionSettings(fit_items=20, seed=1)).center, same.center)
 
 
 def test_nothing_to_fit_and_other_dimensions_are_refused() -> None:
-    with pytest.raises(SchemaError, match="none of 3"):
+    with pytest.raises(SchemaError, match="all 3"):
         fit_projection(np.zeros((3, 5)))
-    with pytest.raises(SchemaError, match="none of 0"):
+    with pytest.raises(SchemaError, match="all 0"):
         fit_projection(np.zeros((0, 5)))
     with pytest.raises(SchemaError, match=r"\(2, 4\).*\[n, 5\]"):
         fit_projection(plane()).apply(np.ones((2, 4)))

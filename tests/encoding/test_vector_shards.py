@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owlrec.encoding import vectors as vector_shards
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig
+from owlrec.encoding.compression import Quantizer, SemanticIdConfig
 from owlrec.encoding.vectors import VectorShard, VectorShards
 from owlrec.errors import SchemaError, WorkspaceError
-from owlrec.schema import shard_of
+from owlrec.ids import shard_of
 from owlrec.workspace import Workspace, shard_file
 
 CORNERS = np.array([[0, 0], [4, 0], [0, 4], [4, 4]], dtype=np.float32)
-BY_HAND = Quantiser(SemanticIdConfig(levels=2, codes_per_level=4), (CORNERS, CORNERS / 4))
+BY_HAND = Quantizer(SemanticIdConfig(levels=2, codes_per_level=4), (CORNERS, CORNERS / 4))
 
 
 def write_shards(
-    workspace: Workspace, ids: np.ndarray, vectors: np.ndarray, n_shards: int, quantiser: Quantiser | None = None
+    workspace: Workspace, ids: np.ndarray, vectors: np.ndarray, n_shards: int, quantizer: Quantizer | None = None
 ) -> VectorShards:
     """Shards of `ids`, the digest of each being its id in the first eight bytes."""
     workspace.fix_shards({"user": n_shards})
@@ -31,9 +31,9 @@ def write_shards(
         digests = np.zeros((len(rows), 16), np.uint8)
         digests[:, :8] = ids[rows].astype("<i8")[:, None].view(np.uint8)
         codes, fingerprint = np.zeros((len(rows), 0), np.uint16), ""
-        if quantiser:
-            codes = np.c_[quantiser.encode(vectors[rows]), rows].astype(np.uint16)
-            fingerprint = quantiser.fingerprint
+        if quantizer:
+            codes = np.c_[quantizer.encode(vectors[rows]), rows].astype(np.uint16)
+            fingerprint = quantizer.fingerprint
         as_of = np.zeros(len(rows), np.int64)
         shard = VectorShard("user", ids[rows], as_of, vectors[rows].astype(np.float16), digests, codes, fingerprint)
         table = shard.table()
@@ -59,10 +59,10 @@ def test_gather_equals_a_dictionary(held: dict[int, int], others: list[int], n_s
     assert vectors.tolist() == [[held[i], 1] if i in held else [0, 0] for i in wanted.tolist()]
     handles = shards.find(wanted)
     assert (handles >= 0).tolist() == mask.tolist()
-    found = np.zeros(len(wanted), np.int64)
+    seen = np.zeros(len(wanted), np.int64)
     for _, shard, at, rows in shards.at(handles):
-        found[at] = shard.ids[rows]
-    assert found[mask].tolist() == wanted[mask].tolist()
+        seen[at] = shard.ids[rows]
+    assert seen[mask].tolist() == wanted[mask].tolist()
     written = [shards.shard(number) for number in shards.numbers]
     assert sorted(i for shard in written if shard for i in shard.ids.tolist()) == sorted(held)
 
@@ -124,7 +124,7 @@ def test_codes_come_with_the_digit_last(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     vectors = np.array([[4, 0], [5, 1], [0, 5]])
     shards = write_shards(workspace, np.array([30, 10, 20]), vectors, 4, BY_HAND)
-    BY_HAND.save(workspace, "v/quantisers/knowledge-user")
+    BY_HAND.save(workspace, "v/quantizers/knowledge-user")
     codes, mask = shards.codes(np.array([10, 99, 30]))
     assert (codes.tolist(), mask.tolist()) == ([[1, 3, 1], [0, 0, 0], [1, 0, 0]], [True, False, True])
 
@@ -134,7 +134,7 @@ def test_codes_of_other_codebooks_are_refused(tmp_path: Path) -> None:
     shards = write_shards(workspace, np.array([1]), np.array([[4, 0]]), 1)
     with pytest.raises(SchemaError, match=r"encoder\.semantic_ids"):
         shards.codes(np.array([1]))
-    BY_HAND.save(workspace, "v/quantisers/knowledge-user")
+    BY_HAND.save(workspace, "v/quantizers/knowledge-user")
     with pytest.raises(SchemaError, match=r"shard 0 .*none"):
         shards.codes(np.array([1]))
 

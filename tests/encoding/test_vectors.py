@@ -14,7 +14,7 @@ from owlrec.encoding.vectors import (
 )
 from owlrec.errors import SchemaError
 from owlrec.schema import HISTORIES, KNOWLEDGE, vectors_schema
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 
 
 class LengthEncoder:

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from owlrec.erasure.rows import Users
-from owlrec.schema import stable_id
-from owlrec.sources.ingest import read_batches
+from owlrec.erasure.erased_rows import Users
+from owlrec.ids import stable_id
+from owlrec.sources.preparation import read_batches
 from owlrec.storage import Storage
 from owlrec.workspace import Workspace
 
@@ -65,7 +65,7 @@ def write_recipe(folder: Path, workspace: str, extra: str = "") -> Path:
         encoder: {{model: hashing}}
         streaming: {{partitions: 3}}
         ctr: {{backbones: [din], arms: [none, knowledge], seeds: [0], epochs: 1, use_profile: true}}
-        ranking: {{data: {{shots: 8}}, judging: {{test_samples: 8}}}}
+        ranking: {{data: {{shots: 8}}}}
         """
     )
     path.write_text(text + textwrap.dedent(extra))
@@ -74,7 +74,7 @@ def write_recipe(folder: Path, workspace: str, extra: str = "") -> Path:
 
 def scan(storage: Storage, skip: Iterable[str] = ()) -> dict[str, set[str]]:
     """In which files, by path, something of the user stands: bytes of every file, columns of every table."""
-    found: dict[str, set[str]] = {}
+    places: dict[str, set[str]] = {}
     for path in every_file(storage):
         if path.startswith(tuple(skip)):
             continue
@@ -83,8 +83,8 @@ def scan(storage: Storage, skip: Iterable[str] = ()) -> dict[str, set[str]]:
         text = "".join(map(str, rows_of(storage, path, data)))
         hits |= {name for name, word in WORDS.items() if word.decode() in text}
         if hits:
-            found[path] = hits
-    return found
+            places[path] = hits
+    return places
 
 
 def every_file(storage: Storage) -> list[str]:
@@ -124,12 +124,12 @@ def answers(workspace: Workspace) -> dict[str, object]:
 
     others = [stable_id(name) for name in names() if name != RAW]
     items = [stable_id(f"i{n}") for n in range(ITEMS)]
-    found: dict[str, object] = {}
+    replies: dict[str, object] = {}
     with open_release(workspace) as release:
         for kind, ids in (("user", others), ("item", items)):
-            found[f"{kind} texts"] = release.store.get(kind, ids)
+            replies[f"{kind} texts"] = release.store.get(kind, ids)
             rows, mask = release.store.partitions(kind, ids, 3)
-            found[f"{kind} vectors"] = rows.tobytes(), mask.tobytes()
-            found[f"{kind} codes"] = release.store.own_codes(kind, ids)
-            found[f"{kind} cohorts"] = release.store.cohorts(kind, ids)
-    return found
+            replies[f"{kind} vectors"] = rows.tobytes(), mask.tobytes()
+            replies[f"{kind} codes"] = release.store.own_codes(kind, ids)
+            replies[f"{kind} cohorts"] = release.store.cohorts(kind, ids)
+    return replies

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from owlrec.erasure.forgetting import ErasedCopies, write_copies
-from owlrec.node_cache import NodeCache
+from owlrec.erasure.forget import ErasedCopies, write_copies
+from owlrec.machine import NodeCache
 from owlrec.workspace import TOMBSTONES, Workspace
 
 

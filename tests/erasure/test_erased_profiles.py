@@ -5,7 +5,7 @@ from scanned import user
 
 from owlrec.ctr.features import Grades, Vocabularies
 from owlrec.ctr.trainer import VOCABULARIES, read_vocabularies, write_vocabularies
-from owlrec.erasure.rows import hide_values
+from owlrec.erasure.erased_rows import hide_values
 from owlrec.workspace import Workspace
 
 
@@ -21,12 +21,12 @@ def test_only_what_nobody_else_has_is_hidden(small_world: Workspace) -> None:
         write_vocabularies(small_world, folder, vocabularies)
     assert hide_values(small_world, user("5")) == (2, 2)
     for folder in ("ctr/a", "models/b"):
-        found = read_vocabularies(small_world, folder)
-        assert found.profile["gender"].to_pylist() == ["female", "male"]
-        hidden = found.profile["age"].to_pylist()
+        rebuilt = read_vocabularies(small_world, folder)
+        assert rebuilt.profile["gender"].to_pylist() == ["female", "male"]
+        hidden = rebuilt.profile["age"].to_pylist()
         assert hidden[:4] + hidden[5:] == ages[:4] + ages[5:]
         assert hidden[4].startswith("forgotten-")
-        assert found.attributes["genres"].to_pylist() == ["22", "War"]  # of films, not of users
+        assert rebuilt.attributes["genres"].to_pylist() == ["22", "War"]  # of films, not of users
     before = small_world.entry(f"ctr/a/{VOCABULARIES}")
     assert hide_values(small_world, user("nobody")) == (0, 0)
     assert small_world.entry(f"ctr/a/{VOCABULARIES}") == before

@@ -6,10 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.erasure import rows as rows_module
-from owlrec.erasure.rows import Users, erase
+from owlrec.erasure import erased_rows as rows_module
+from owlrec.erasure.erased_rows import Users, erase
 from owlrec.schema import INTERACTIONS, SAMPLE_ROWS
-from owlrec.sources.ingest import read_batches, write_buckets
+from owlrec.sources.preparation import read_batches, write_buckets
 from owlrec.sources.splits import read_samples
 from owlrec.workspace import Workspace, table_file
 
@@ -44,7 +44,7 @@ def test_batches_stay_as_many(workspace: Workspace) -> None:
     path = "ingest/a/users/00000000.arrow"
     write_buckets(workspace, path, table, "user_id", 4)
     (done,) = erase(workspace, path, USER)
-    assert (done.rows, done.left, done.found) == (1, 19, {0})
+    assert (done.rows, done.left, done.places) == (1, 19, {0})
     batches = read_batches(workspace, path, range(4), 4)
     assert sorted(pa.concat_tables(batches)["n"].to_pylist()) == [n for n in range(20) if n != 7]
 
@@ -118,4 +118,4 @@ def test_samples_of_a_killed_run_are_finished_even_for_other_users(
     erase(workspace, table_file("samples", 0), Users(np.array([5]), frozenset()))
     assert histories(workspace) == {56: [55]}
     assert workspace.read_table("interactions")["user_id"].to_pylist() == [9, 9]
-    assert not Path(workspace.path(rows_module._aside(0))).exists()
+    assert not Path(workspace.path(rows_module._kept_samples(0))).exists()

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from worlds import write_samples
 
 from owlrec import cli
-from owlrec.erasure.forgetting import forget
+from owlrec.erasure.forget import forget
 from owlrec.errors import WorkspaceError
 from owlrec.schema import SAMPLES
 from owlrec.workspace import TOMBSTONES, Workspace, read_tombstones
@@ -59,12 +59,12 @@ def test_an_unfinished_reshard_comes_first(small_world: Workspace) -> None:
 
 def test_the_command_takes_a_file_of_ids(small_world: Workspace, tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("5\n6\n\n")
-    told = CliRunner().invoke(cli.app, ["forget", small_world.path(), "7", "--file", str(tmp_path / "ids.txt")])
-    assert told.exit_code == 0, told.output
-    assert "3 users forgotten" in told.output
+    result = CliRunner().invoke(cli.app, ["forget", small_world.path(), "7", "--file", str(tmp_path / "ids.txt")])
+    assert result.exit_code == 0, result.output
+    assert "3 users forgotten" in result.output
     assert {5, 6, 7} & set(small_world.read_parquet("tables/users/00000000.parquet")["user_id"].to_pylist()) == set()
     nobody = CliRunner().invoke(cli.app, ["forget", small_world.path()])
     assert nobody.exit_code == 1
-    assert "no users are named" in nobody.stderr
+    assert "no users" in nobody.stderr
     missing = CliRunner().invoke(cli.app, ["forget", small_world.path(), "--file", "/nowhere"])
     assert "/nowhere: cannot be read" in missing.stderr

@@ -21,28 +21,28 @@ from typer.testing import CliRunner
 from owlrec import cli
 from owlrec.cohorts.building import build_cohorts
 from owlrec.cohorts.clustering import FactorSettings
-from owlrec.cohorts.model import CohortSettings, read_profiles
-from owlrec.cohorts.profiles import ProfileSettings
+from owlrec.cohorts.cohort_model import CohortSettings, ProfileSettings, read_profiles
+from owlrec.ctr.dataset import reduce_once
 from owlrec.ctr.experiment import trials
-from owlrec.ctr.pca import reduce_once
 from owlrec.ctr.trainer import export_trial, train_one
-from owlrec.ctr.training import GridJob, encode_once, load_data
-from owlrec.erasure.forgetting import forget
+from owlrec.ctr.training import GridSpec, encode_once, load_data
+from owlrec.erasure.forget import forget
 from owlrec.generation.engines import EchoEngine, count_words
 from owlrec.generation.import_export import ImportSource
-from owlrec.node_cache import NodeCache
-from owlrec.ranking.experiment import RankerRun
-from owlrec.ranking.questions import write_questions
-from owlrec.ranking.retrieval import ItemVectors
+from owlrec.ids import stable_id
+from owlrec.machine import NodeCache
+from owlrec.ranking.behavior_retrieval import ItemVectors
+from owlrec.ranking.question_sets import write_questions
+from owlrec.ranking.samples import RankerRun
 from owlrec.recipe import Recipe, load_recipe
 from owlrec.refresh.events import EVENTS
 from owlrec.refresh.state import read_state
 from owlrec.releases import current_release, list_releases, open_release
-from owlrec.runs.ctr import export_ctr, vector_folders
+from owlrec.runs import STAGES
 from owlrec.runs.exchange import export_vectors, import_knowledge
-from owlrec.runs.refresh import run as refresh
-from owlrec.runs.stage import STAGES, stage_function
-from owlrec.schema import stable_id
+from owlrec.runs.models import export_ctr, vector_folders
+from owlrec.runs.stages import stage_function
+from owlrec.runs.upkeep import run as refresh
 from owlrec.shards import finish_stage, needed_stage
 from owlrec.storage import Storage
 from owlrec.workspace import TOMBSTONES, Workspace, read_tombstones
@@ -73,17 +73,17 @@ def train(recipe: Recipe, workspace: Workspace) -> None:
     grid, encoded = "c" * 64, needed_stage(workspace, "encode", "").outputs["vectors"]
     folders = vector_folders(workspace, encoded)
     read = reduce_once(workspace, folders, recipe.ctr.knowledge_dim, grid)
-    job = GridJob(
+    spec = GridSpec(
         settings=recipe.ctr,
         trials=trials(recipe.ctr),
-        knowledge={source: dict(of_source) for source, of_source in read.items()},
+        knowledge={source: dict(kinds) for source, kinds in read.items()},
         fingerprint=grid,
         attributes=recipe.domain.text_fields,
         profile=recipe.domain.profile_fields,
     )
-    encode_once(workspace, job, None)
-    for trial in job.trials:
-        export_trial(workspace, grid, train_one(trial, load_data(workspace, job), recipe.ctr))
+    encode_once(workspace, spec, None)
+    for trial in spec.trials:
+        export_trial(workspace, grid, train_one(trial, load_data(workspace, spec), recipe.ctr))
     finish_stage(workspace, "train_ctr", grid, outputs={"grid": grid})
 
 
@@ -116,7 +116,7 @@ def whole_chain(folder: Path, recipe: Recipe, workspace: Workspace, *, trained: 
         assert recipe.ranking is not None
         vectors = ItemVectors.encoded(workspace, recipe.encoder)
         config = recipe.ranking.model_copy(update={"data": recipe.ranking.data.model_copy(update={"shots": None})})
-        run_ = RankerRun(valid_samples=8)
+        run_ = RankerRun(valid_samples=8, test_samples=8)
         write_questions(workspace, "ranking/tuned", config, recipe.domain, vectors, count_words, run_)
     log = workspace.log_path("engine")
     log.write_text(f"user {ID}: flagged\nuser 7: flagged\nrow of {RAW} was late\n")
@@ -173,17 +173,17 @@ def test_no_byte_is_left(tmp_path: Path, cache: Path, asked: list[str]) -> None:
         # A HOLD keeps the release: the user must be silent all the same.
         assert CliRunner().invoke(cli.app, ["release", "hold", str(recipe_file)]).exit_code == 0
         started = time.monotonic()
-        told = CliRunner().invoke(cli.app, ["forget", str(recipe_file), RAW, "nobody-knows-me"])
-        assert told.exit_code == 1
-        assert "HOLD" in told.stderr
+        result = CliRunner().invoke(cli.app, ["forget", str(recipe_file), RAW, "nobody-knows-me"])
+        assert result.exit_code == 1
+        assert "HOLD" in result.stderr
         until_missing(web, path, started)
         assert web.get(path, headers={"If-None-Match": answer.headers["etag"]}).status_code == 404
         assert str(ID) not in str(web.post("/v1/knowledge:similar", json=near).json())
         assert current_release(workspace) == first
         assert answers(workspace) == others
         assert CliRunner().invoke(cli.app, ["release", "unhold", str(recipe_file)]).exit_code == 0
-        told = CliRunner().invoke(cli.app, ["forget", str(recipe_file), RAW, "nobody-knows-me"])
-        assert told.exit_code == 0, told.output
+        result = CliRunner().invoke(cli.app, ["forget", str(recipe_file), RAW, "nobody-knows-me"])
+        assert result.exit_code == 0, result.output
         assert web.get(path).status_code == 404
 
     assert scan(workspace) == {}
@@ -234,8 +234,8 @@ def test_a_server_knows_within_two_seconds(tmp_path: Path, cache: Path) -> None:
         started = time.monotonic()
         until_missing(web, "/v1/knowledge/user/1", started)
         assert time.monotonic() - started < 2
-        found = web.post("/v1/knowledge:batchGet", json={"kind": "user", "ids": [1, 2]}).json()["results"]
-        assert [entity["found"] for entity in found] == [False, True]
+        entities = web.post("/v1/knowledge:batchGet", json={"kind": "user", "ids": [1, 2]}).json()["results"]
+        assert [entity["found"] for entity in entities] == [False, True]
 
 
 def test_no_byte_is_left_in_a_bucket(s3_root: str, tmp_path: Path, cache: Path, asked: list[str]) -> None:
@@ -314,12 +314,11 @@ def test_cohorts_go_on_without_a_representative(
     tmp_path: Path, cache: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quoting_all = CohortSettings(factors=FactorSettings(factors=8), profiles=ProfileSettings(common_share=0.05))
-    monkeypatch.setattr("owlrec.runs.batch.build_cohorts", partial(build_cohorts, settings=quoting_all))
+    monkeypatch.setattr("owlrec.runs.stages.build_cohorts", partial(build_cohorts, settings=quoting_all))
     write_source(tmp_path / "source")
     extra = """
         cohorts:
-          users: {mean_size: 6}
-          items: {mean_size: 8}
+          mean_size: {users: 6, items: 8}
         prompts: {mode: both}
         """
     recipe = load_recipe(write_recipe(tmp_path, str(tmp_path / "ws"), extra=extra))

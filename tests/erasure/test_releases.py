@@ -10,10 +10,10 @@ from redis_server import needs_redis, redis_server  # type: ignore[import-not-fo
 from release_rows import FULL, answers, check, publish_chain, publish_rows, texts  # type: ignore[import-not-found]
 
 from owlrec.releases import current_release, list_releases, open_release
+from owlrec.releases.format import TombstonedStore
 from owlrec.releases.redis import RedisReleases, forget_in_redis, push, push_tombstones
 from owlrec.releases.release import Release
 from owlrec.releases.retention import find_rows, rebuild_without_forgotten, remove_releases
-from owlrec.releases.rows import TombstonedStore
 from owlrec.workspace import Workspace, read_tombstones, write_tombstones
 
 IDS = range(12)
@@ -88,6 +88,7 @@ def held(redis: RedisReleases) -> dict[bytes, bytes]:
     return {key: redis.client.get(key) for key in redis.client.scan_iter()}
 
 
+@pytest.mark.process
 @needs_redis
 def test_redis_is_silent_at_once_and_then_empty(workspace: Workspace, redis: RedisReleases) -> None:
     publish_chain(workspace)

@@ -37,12 +37,14 @@ def test_an_example_is_short_and_says_how_it_is_run(path: Path) -> None:
     assert f"\n    python examples/{path.name}\n" in (ast.get_docstring(ast.parse(text)) or "")
 
 
+@pytest.mark.process
 def test_only_their_own_vectors_tell_a_torch_model_what_users_like() -> None:
     own, shuffled = map(float, re.findall(r"AUC (\d\.\d+)", run("adaptor_in_torch")))
     assert own > 0.9
     assert shuffled < 0.6
 
 
+@pytest.mark.process
 def test_a_source_of_ones_own_gives_tables() -> None:
     printed = run("custom_source")
     users, items, interactions = (part.splitlines()[1:] for part in printed.strip().split("\n\n"))

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
-from owlrec.decoding import DecodingConfig
-from owlrec.generation.engine import Completion, Engine, EngineConfig, SamplingConfig
+from owlrec.generation.engines import Completion, Engine, EngineConfig, SamplingConfig
+from owlrec_decoding import DecodingConfig
 
 
 class ParrotConfig(EngineConfig):

@@ -3,9 +3,8 @@
 from typing import Any
 
 from owlrec.generation import EchoEngineConfig, EngineConfig, build_engine
-from owlrec.generation.engine import Engine
-from owlrec.generation.job import GenerationJob
-from owlrec.generation.worker import GenerateStage
+from owlrec.generation.engines import Engine
+from owlrec.generation.job import GenerateStage, GenerationJob
 from owlrec.runner import run_stage
 from owlrec.shards import Card, Shard
 from owlrec.workspace import Workspace

@@ -3,8 +3,7 @@
 import pytest
 from jinja2 import TemplateError
 
-from owlrec.generation.engine import RequestRefused
-from owlrec.generation.models import render_chat
+from owlrec.generation.engines import RequestRefused, render_chat
 
 
 class Tokenizer:

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pytest
 from shard_runs import ECHO, dead_letters_file, run_shard, texts_file
 
-from owlrec.decoding import DecodingConfig
 from owlrec.errors import WorkspaceError
 from owlrec.generation import (
     ENGINES,
@@ -18,15 +17,16 @@ from owlrec.generation import (
     engine_fingerprint,
     token_counter,
 )
-from owlrec.generation.engine import Completion, Engine, SamplingConfig
+from owlrec.generation.engines import Completion, Engine, SamplingConfig
 from owlrec.generation.job import GenerationJob, build_job, table_inputs
-from owlrec.prompting.rows import PromptConfig
+from owlrec.prompting.prompts import PromptConfig
 from owlrec.recipe import Recipe
 from owlrec.runner import pending_shards
 from owlrec.scenario import get_scenario
 from owlrec.schema import KNOWLEDGE
 from owlrec.shards import Shard, finish_stage
 from owlrec.workspace import Workspace
+from owlrec_decoding import DecodingConfig
 
 
 def job(**changes: object) -> GenerationJob:
@@ -108,9 +108,12 @@ def test_too_long_prompts_go_to_the_dead_letters_with_a_reason(small_world: Work
     assert "context of 140" in dead["message"][0].as_py()
 
 
-def test_unreachable_server_fills_the_dead_letters_instead_of_stopping(small_world: Workspace) -> None:
+def test_unreachable_server_fills_the_dead_letters_instead_of_stopping(
+    small_world: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("owlrec.generation.engines._BACKOFF_S", 0.01)
     shard = first_shard(small_world)
-    down = HttpEngineConfig(type="http", base_url="http://127.0.0.1:1/v1", model="m", max_attempts=2, backoff_s=0.01)
+    down = HttpEngineConfig(type="http", base_url="http://127.0.0.1:1/v1", model="m", max_attempts=2)
     card = run_shard(small_world, job(), shard, down)
     dead = small_world.read_parquet(dead_letters_file(job(), shard))
     assert card.rows_dead == card.rows_in
@@ -149,7 +152,7 @@ def test_job_fingerprint_ignores_speed_settings() -> None:
 
 
 @pytest.mark.parametrize("framework", ["once", "rlmrec", "trawl"])
-def test_chosen_prompt_family_asks_about_users_and_items_and_names_their_rows(
+def test_chosen_framework_asks_about_users_and_items_and_names_their_rows(
     small_world: Workspace, framework: str
 ) -> None:
     for shard in table_inputs(small_world):
@@ -182,7 +185,7 @@ class _Recording(Engine):
 def test_rows_draft_from_the_pool_of_their_kind_and_from_their_own_earlier_text(small_world: Workspace) -> None:
     shard = first_shard(small_world)
     engine = _Recording()
-    relaxed = job(decoding=DecodingConfig(mode="relaxed", k=3, min_prob=0.2))
+    relaxed = job(decoding=DecodingConfig(mode="relaxed", min_prob=0.2))
     run_shard(small_world, relaxed, shard, engine)
     table = small_world.read_parquet(texts_file(relaxed, shard))
     assert engine.extras == [
@@ -190,7 +193,7 @@ def test_rows_draft_from_the_pool_of_their_kind_and_from_their_own_earlier_text(
             "owlrec_pools": ["user"],
             "owlrec_document": i,
             "owlrec_mode": "relaxed",
-            "owlrec_k": 3,
+            "owlrec_k": 2,
             "owlrec_min_prob": 0.2,
         }
         for i in table["id"].to_pylist()
@@ -204,16 +207,16 @@ def test_rows_draft_from_the_pool_of_their_kind_and_from_their_own_earlier_text(
 
 def test_lossless_drafting_makes_no_other_job_and_a_relaxed_rule_does() -> None:
     plain = job().fingerprint
-    assert plain == job(decoding=DecodingConfig(mode="strict", pools="elsewhere", k=5)).fingerprint
+    assert plain == job(decoding=DecodingConfig(mode="strict", pools="elsewhere", min_prob=0.5)).fingerprint
     relaxed = {job(decoding=DecodingConfig(mode="relaxed", min_prob=p)).fingerprint for p in (0.1, 0.2)}
     assert len(relaxed | {plain}) == 3
 
 
 def test_engine_options_that_shape_no_answer_make_no_other_job() -> None:
-    prints = {
+    fingerprints = {
         job(engine=VllmEngineConfig(type="vllm", model="smollm2-135m", engine_args=options)).fingerprint
         for options in ({}, {"gpu_memory_utilization": 0.8}, {"tensor_parallel_size": 2, "max_num_batched_tokens": 99})
     }
-    assert len(prints) == 1
+    assert len(fingerprints) == 1
     quantized = VllmEngineConfig(type="vllm", model="smollm2-135m", engine_args={"quantization": "fp8"})
-    assert job(engine=quantized).fingerprint not in prints
+    assert job(engine=quantized).fingerprint not in fingerprints

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from owlrec.errors import EngineError
-from owlrec.generation.models import model_identity, resolve_model
+from owlrec.generation.engines import model_identity, resolve_model
 
 
 def folder(tmp_path: Path, *names: str) -> str:
@@ -34,7 +34,7 @@ def test_incomplete_folder_is_named_with_what_it_lacks(tmp_path: Path, names: tu
 
 
 def test_absent_folder_is_no_hub_name(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="there is no folder"):
+    with pytest.raises(EngineError, match="the folder"):
         resolve_model(str(tmp_path / "absent"))
 
 

@@ -1,4 +1,4 @@
-"""Each quality rule by hand, the gate's laws, and its precision and recall over texts labelled by reading."""
+"""Each quality rule by hand, the gate's laws, and its precision and recall over texts labeled by reading."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from owlrec.generation.quality import DEFAULT_POLICY, FLAGS, QualityConfig, QualityGate
 from owlrec.scenario import SCENARIOS
 
-LABELLED = Path(__file__).parent / "quality_texts.jsonl"
+LABELED = Path(__file__).parent / "quality_texts.jsonl"
 GATES = {name: QualityGate(QualityConfig(), scenario) for name, scenario in SCENARIOS.items()}
 PROMPT = (
     'The user watched these movies, oldest first: "Heat (1995)" 5 stars; "Fargo (1996)" 4 stars.\nExplain the taste.'
@@ -29,18 +29,19 @@ def flags(text: str, scenario: str = "movies", prompt: str = PROMPT, finish_reas
     return GATES[scenario].flags(text, prompt=prompt, finish_reason=finish_reason)
 
 
-def labelled() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in LABELLED.read_text().splitlines()]
+def labeled() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in LABELED.read_text().splitlines()]
 
 
 def scores(rows: Iterable[dict[str, Any]]) -> dict[str, tuple[int, float, float]]:
-    """By flag, and in all (micro-averaged): labelled texts, precision, recall; 1 where none can go wrong."""
+    """By flag, and in all (micro-averaged): labeled texts, precision, recall; 1 where none can go wrong."""
     right: Counter[str] = Counter()
     wrong: Counter[str] = Counter()
     missed: Counter[str] = Counter()
     for row in rows:
-        found, wanted = set(flags(row["text"], row["scenario"], row["prompt"], row["finish_reason"])), set(row["flags"])
-        for counter, names in ((right, found & wanted), (wrong, found - wanted), (missed, wanted - found)):
+        raised = set(flags(row["text"], row["scenario"], row["prompt"], row["finish_reason"]))
+        wanted = set(row["flags"])
+        for counter, names in ((right, raised & wanted), (wrong, raised - wanted), (missed, wanted - raised)):
             counter.update([*names, *["all"] * len(names)])
     return {
         name: (
@@ -52,19 +53,19 @@ def scores(rows: Iterable[dict[str, Any]]) -> dict[str, tuple[int, float, float]
     }
 
 
-def table(found: dict[str, tuple[int, float, float]]) -> str:
-    lines = [f"{name:16} {n:6} {precision:9.3f} {recall:6.3f}" for name, (n, precision, recall) in found.items()]
+def table(results: dict[str, tuple[int, float, float]]) -> str:
+    lines = [f"{name:16} {n:6} {precision:9.3f} {recall:6.3f}" for name, (n, precision, recall) in results.items()]
     return "\n".join(["flag              texts precision recall", *lines])
 
 
-def test_precision_and_recall_over_the_labelled_texts() -> None:
-    rows = labelled()
-    found = scores(rows)
-    print("\n" + table(found))
+def test_precision_and_recall_over_the_labeled_texts() -> None:
+    rows = labeled()
+    results = scores(rows)
+    print("\n" + table(results))
     assert len(rows) >= 220
-    assert min(n for n, _, _ in found.values()) >= 10
+    assert min(n for n, _, _ in results.values()) >= 10
     assert sum(not row["flags"] for row in rows) >= 50
-    _, precision, recall = found["all"]
+    _, precision, recall = results["all"]
     assert precision >= 0.95
     assert recall >= 0.90
 
@@ -132,7 +133,7 @@ def test_a_loop_is_seen_without_spaces_and_behind_changing_numbers() -> None:
 @pytest.mark.parametrize(
     ("text", "refuses"),
     [
-        ("I'm unable to analyse the preferences of a person whom I have never met in all my life.", True),
+        ("I'm unable to analyze the preferences of a person whom I have never met in all my life.", True),
         ("As an AI language model, I have no taste of my own and so no view on the films of others.", True),
         ("I’m sorry, but this is something that had better be left to the persons who watched it all.", True),
         ("The hero cannot help his brother, who is unable to give an answer to the police in the end.", False),
@@ -174,7 +175,7 @@ def test_wrong_domain_is_the_things_being_other_things(scenario: str, text: str,
 
 
 def test_prompt_echo_is_the_question_again_and_not_its_titles() -> None:
-    question = "Analyse at length what this user likes and dislikes and explain each of the reasons."
+    question = "Analyze at length what this user likes and dislikes and explain each of the reasons."
     prompt = f'The user watched "Heat (1995)" 5 stars; "Fargo (1996)" 4 stars. {question}'
     assert flags(question, prompt=prompt) == ("prompt_echo",)
     assert flags(prompt, prompt=prompt) == ("prompt_echo",)
@@ -197,8 +198,8 @@ def test_language_is_the_prompts_script_and_no_broken_bytes() -> None:
     assert flags(GOOD + "\ufffd") == ()  # a character that max_tokens cut in two
 
 
-def test_a_disabled_gate_flags_nothing() -> None:
-    gate = QualityGate(QualityConfig(enabled=False), SCENARIOS["movies"])
+def test_a_gate_that_is_off_flags_nothing() -> None:
+    gate = QualityGate(QualityConfig(policy="off"), SCENARIOS["movies"])
     assert gate.flags("", prompt="", finish_reason="length") == ()
 
 
@@ -233,12 +234,12 @@ ANY_TEXT = st.one_of(
 def test_any_text_has_flags_in_order_and_is_empty_where_blank(
     text: str, prompt: str, finish_reason: str, scenario: str
 ) -> None:
-    found = flags(text, scenario, prompt, finish_reason)
-    assert list(found) == sorted(found, key=FLAGS.index)
-    assert len(set(found)) == len(found)
-    assert ("empty" in found) == (not text.strip())
-    assert "empty" not in found or len(found) == 1
-    assert "cut_off" not in found or finish_reason == "length"
+    raised = flags(text, scenario, prompt, finish_reason)
+    assert list(raised) == sorted(raised, key=FLAGS.index)
+    assert len(set(raised)) == len(raised)
+    assert ("empty" in raised) == (not text.strip())
+    assert "empty" not in raised or len(raised) == 1
+    assert "cut_off" not in raised or finish_reason == "length"
 
 
 @given(ANY_TEXT, st.text(" \t\n\r\u3000"), st.text(" \t\n\r\u3000"), st.sampled_from(["stop", "length"]))

@@ -5,7 +5,7 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
-from owlrec.generation.vllm_engine import Answer, Stepping
+from owlrec.generation.vllm_engine import EngineAnswer, Stepping
 
 
 class Engine:
@@ -43,7 +43,7 @@ def test_rows_that_are_given_up_are_dropped_and_others_answered() -> None:
     engine = Engine()
     stepping = Stepping(lambda: engine, drafts=False)
 
-    async def ask_and_give_up() -> list[Answer]:
+    async def ask_and_give_up() -> list[EngineAnswer]:
         started = asyncio.create_task(stepping.ask([1], None))
         await asyncio.to_thread(engine.stepping.wait, 20)
         kept, waiting = (asyncio.create_task(stepping.ask([token], None)) for token in (2, 3))
@@ -58,4 +58,4 @@ def test_rows_that_are_given_up_are_dropped_and_others_answered() -> None:
     stepping.close()
     assert engine.added == [[1], [2], [4]]  # 3 never came so far
     assert engine.aborted == ["1"]
-    assert answers == [Answer(name, (0, 0, 0), 7) for name in ("2", "3")]
+    assert answers == [EngineAnswer(name, (0, 0, 0), 7) for name in ("2", "3")]

@@ -12,11 +12,10 @@ from shard_runs import counted, dead_letters_file, run_shard, texts_file
 
 from owlrec.errors import DiskFullError, WorkspaceError
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.engine import Completion, Engine, RequestFailed, SamplingConfig
-from owlrec.generation.job import GenerationJob, build_job, prompt_inputs, table_inputs
+from owlrec.generation.engines import Completion, Engine, RequestFailed, SamplingConfig
+from owlrec.generation.job import GenerateStage, GenerationJob, build_job, prompt_inputs, table_inputs
 from owlrec.generation.quality import RULES, QualityConfig
-from owlrec.generation.worker import GenerateStage
-from owlrec.prompting.rows import EARLIER, Prompt, PromptConfig, prompts_table
+from owlrec.prompting.prompts import EARLIER, Prompt, PromptConfig, prompts_table
 from owlrec.runner import ShardTaken, Work, pending_shards
 from owlrec.scenario import get_scenario
 from owlrec.shards import Shard
@@ -50,7 +49,7 @@ class Scripted(Engine):
 
 
 def job_with(**policy: str) -> GenerationJob:
-    quality = QualityConfig(policy=policy, max_retries=2)
+    quality = QualityConfig(policy=policy)
     echo = EchoEngineConfig(type="echo")
     return build_job(get_scenario("movies"), PromptConfig(), SamplingConfig(), echo, quality=quality)
 
@@ -84,7 +83,7 @@ def test_flagged_text_is_asked_for_again_with_other_sampling_and_its_tokens_coun
     assert (card.counts["prompt_tokens"], card.counts["output_tokens"]) == (20 * n, 10 * n)
     retried = [sampling for _, sampling in engine.asked if sampling.temperature > 0]
     assert len(retried) == n
-    assert {s.repetition_penalty for s in retried} == {RULES.retry_repetition_penalty}
+    assert {s.options["repetition_penalty"] for s in retried} == {RULES.retry_repetition_penalty}
 
 
 def test_text_that_stays_bad_falls_back_to_the_rows_own_facts(small_world: Workspace) -> None:
@@ -115,7 +114,7 @@ def test_dropped_text_goes_to_the_dead_letters_with_its_flag(small_world: Worksp
 def test_gate_that_is_off_flags_nothing(small_world: Workspace) -> None:
     shard = item_shard(small_world)
     echo = EchoEngineConfig(type="echo")
-    off = QualityConfig(enabled=False)
+    off = QualityConfig(policy="off")
     job = build_job(get_scenario("movies"), PromptConfig(), SamplingConfig(), echo, quality=off)
     run_shard(small_world, job, shard, Scripted(lambda *_: REFUSAL))
     assert set(small_world.read_parquet(texts_file(job, shard))["quality"].to_pylist()) == {"ok"}
@@ -197,7 +196,7 @@ def test_poisonous_rows_die_with_their_reason_or_are_cleaned_and_all_others_are_
         300: "WrongType",
     }
     assert dead[201]["message"].startswith("item 201: title has 1,000,000 characters")
-    assert dead[300]["message"].startswith("item 300: title holds 300 (int), but text is meant")
+    assert dead[300]["message"].startswith("item 300: title holds 300 (int), not text")
     assert sum(m.rows_in for m in cards) == 9
     asked = [prompt for prompt, _ in engine.asked]
     assert {p.split('"')[1] for p in asked} == {"Alien (1979)", "Aliensystem obey", "Amélie (2001)"}
@@ -287,7 +286,7 @@ def test_a_write_that_fails_pays_for_no_answer_twice(
     async def at_once(seconds: float) -> None:
         pass
 
-    monkeypatch.setattr("owlrec.generation.worker.write_shard", failing)
+    monkeypatch.setattr("owlrec.generation.job.write_shard", failing)
     monkeypatch.setattr("owlrec.runner.asyncio.sleep", at_once)
     engine = Scripted(lambda prompt, _: GOOD)
     with pytest.raises(type(error)):

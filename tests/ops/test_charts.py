@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from owlrec.ops.charts import bar_chart, histogram, points_chart, short_number, standalone
+from owlrec.ops.report import bar_chart, histogram, points_chart, short_number, standalone
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -73,6 +73,7 @@ def test_numbers_are_short():
     assert [short_number(n) for n in (0.12345, 99.95, 1234.5, 12_345_678)] == ["0.123", "100", "1,234", "12 M"]
 
 
+@pytest.mark.process
 def test_matplotlib_loads_with_the_first_chart_only():
     code = "import sys, owlrec.ops.report; print('matplotlib' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -26,11 +26,10 @@ def test_progress_prints_a_line_every_ten_seconds_at_most(clock, capsys):
         for _ in range(25):
             clock.now += 1
             advance(2, tokens=30)
-    assert capsys.readouterr().out.splitlines() == [
-        "  encode: 20/100 texts, 2.0 texts/s, 300 tokens (30/s), 40.0 s left",
-        "  encode: 40/100 texts, 2.0 texts/s, 600 tokens (30/s), 30.0 s left",
-        "  encode: 50/100 texts, 2.0 texts/s, 750 tokens (30/s), took 25.0 s",
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    figures = (("20/100", "300", "40.0 s left"), ("40/100", "600", "30.0 s left"), ("50/100", "750", "took 25.0 s"))
+    for line, (done, tokens, time) in zip(lines, figures, strict=True):
+        assert all(figure in line for figure in (f"{done} texts", "2.0 texts/s", f"{tokens} tokens", "30/s", time))
 
 
 def test_progress_of_unknown_length_and_of_a_failing_block_ends_with_its_line(clock, capsys):
@@ -42,7 +41,8 @@ def test_progress_of_unknown_length_and_of_a_failing_block_ends_with_its_line(cl
 
     with pytest.raises(ValueError, match="broken"):
         fail()
-    assert capsys.readouterr().out.splitlines()[-1] == "  read: 37,000 rows, 10 rows/s, took 1 h 01 min"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert all(figure in last for figure in ("37,000 rows", "10 rows/s", "took 1 h 01 min"))
 
 
 def test_progress_in_a_terminal_shows_a_bar(capsys, monkeypatch):

@@ -9,7 +9,6 @@ import pytest
 from fleet_simulation import Machines, Simulation  # type: ignore[import-not-found]
 
 from owlrec.cli import app, row_count
-from owlrec.decoding.controller import DecoderCounters, StepSums
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.generation.job import DECODER
 from owlrec.ops.cost import (
@@ -26,9 +25,10 @@ from owlrec.ops.cost import (
     savings,
 )
 from owlrec.refresh.state import State, write_state
-from owlrec.releases.manifest import ReleaseManifest
+from owlrec.releases.format import ReleaseManifest
 from owlrec.shards import Artifact, Card
 from owlrec.workspace import Workspace
+from owlrec_decoding.controller import DecoderCounters, StepSums
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "cluster" / "fleet-example.yaml"
 MILLION = 2**20
@@ -267,7 +267,7 @@ def test_replicas_and_nodes_for_a_rate_of_requests():
     figures = workload(release_bytes=np.array([1024.0, 2048.0, 4096.0]))
     estimate = estimate_cost(figures, machines, needed)
     assert (estimate.expected("serving: replicas"), estimate.expected("serving: nodes")) == (5, 3)
-    assert estimate.figures["serving: release files of a node, GiB"] == pytest.approx([2, 4, 8])  # current and next
+    assert estimate.figures["serving: release files per node, GiB"] == pytest.approx([2, 4, 8])  # current and next
     assert estimate.figures["serving: cost per month"] == pytest.approx([3 * (73 + gib / 4) for gib in (2, 4, 8)])
 
 
@@ -335,12 +335,12 @@ def test_savings_add_up_from_everything_again_to_the_estimate():
     again, kept, streaming = 11 * (4000 + 200), 3000 * 4 + 200, 4000 + 200 + 1000 * 3
     assert saved("streaming") == pytest.approx(
         {
-            "everything again each time": 0,
-            "texts with the same prompt kept": again - kept,
+            "regenerate everything each time": 0,
+            "keep texts with unchanged prompts": again - kept,
             "streaming texts": kept - streaming,
         }
     )
-    collective = {"everything again each time": 0, "collective texts": again - 11 * 51 * 8}
+    collective = {"regenerate everything each time": 0, "collective texts": again - 11 * 51 * 8}
     assert saved("collective") == pytest.approx(collective)
     # A second moment of each user is written about in the full run alone.
     assert saved("collective", texts_per_user=2.0)["collective texts"] == pytest.approx(again + 4000 - 11 * 51 * 8)
@@ -479,7 +479,7 @@ groups:
         ("gpus:", "gpu:", r"groups\.0\.gpu: .*'gpus'"),
         ("groups:", "group:", r"group: .*'groups'"),
         ("gpus: 2", "gpus: none", r"groups\.0\.gpus: "),
-        ("gpus: 2", "gpus: 2, gpus_per_engine: 4", r"groups\.0: 2 gpus"),
+        ("gpus: 2", "gpus: 2, gpus_per_engine: 4", r"groups\.0: 2 GPUs"),
         ("tokens_per_s: 100", "prefill_tokens_per_s: 1", r"groups\.0: prefill_tokens_per_s"),
         ("groups:", "assume: {output_token: {}}\ngroups:", r"assume\.output_token: .*'output_tokens'"),
         ("groups:", "encode: {worker: 1, price_per_worker_hour: 1}\ngroups:", r"encode\.worker: .*'workers'"),
@@ -535,7 +535,7 @@ def test_the_command_says_what_it_extrapolates_from_and_what_is_missing(command,
     assert command() == 0
     out = capsys.readouterr().out
     first = out.splitlines()[0]
-    assert "estimates, extrapolated from 40 users (finished " in first
+    assert "extrapolated from 40 users (finished " in first
     assert first.endswith("ws/knowledge/f")
     for part in (
         "3,600 users, 0 items, individual, 0 refreshes",
@@ -556,7 +556,7 @@ def test_json_is_every_figure_alone_on_standard_output(command, capsys):
     expected = 3 * 14_400 / 3600 / (1 - 0.5 * 36 / 3600)
     assert figures["estimate"]["figures"]["cost"] == pytest.approx([expected] * 3)
     assert [step["name"] for step in figures["savings"]][:2] == [
-        "everything again each time", "texts with the same prompt kept"
+        "regenerate everything each time", "keep texts with unchanged prompts"
     ]  # fmt: skip
     assert figures["workload"]["texts"]["user"]["output_tokens"] == [200.0, 200.0, 200.0]
 

@@ -12,7 +12,7 @@ import ray.util.metrics
 import yaml
 from dashboards import ALERTS, BOARDS, FOLDER, expressions, parse
 
-from owlrec.generation.worker import DecoderMetrics
+from owlrec.generation.job import DecoderMetrics
 from owlrec.runner import StageMetrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,12 +47,12 @@ def exported(monkeypatch):
         return record
 
     kinds = {"Counter": recording("_total"), "Gauge": recording(""), "Histogram": recording("_bucket", "le")}
-    import serve_apps.telemetry
+    import owlrec.apps.knowledge
 
     for kind, record in kinds.items():
         monkeypatch.setattr(ray.util.metrics, kind, record)  # for those that import it when they are made
-        monkeypatch.setattr(serve_apps.telemetry, kind, record)
-    serve_apps.telemetry.RayTelemetry("app")
+        monkeypatch.setattr(owlrec.apps.knowledge, kind, record)
+    owlrec.apps.knowledge.RayTelemetry("app")
     StageMetrics("stage", "worker")
     DecoderMetrics("engine")
     return metrics

@@ -24,10 +24,10 @@ def words(command):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("owlrec ")])
 def test_owlrec_commands_are_understood(command):
-    found, rest = typer.main.get_command(app), words(command)[1:]
-    while hasattr(found, "commands"):
-        found = found.commands[rest.pop(0)]
-    found.make_context(found.name, rest)  # raises where an option or argument is unknown
+    node, rest = typer.main.get_command(app), words(command)[1:]
+    while hasattr(node, "commands"):
+        node = node.commands[rest.pop(0)]
+    node.make_context(node.name, rest)  # raises where an option or argument is unknown
 
 
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ([\w.]+)", GUIDE))))

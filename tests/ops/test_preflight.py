@@ -14,7 +14,7 @@ import yaml
 from owlrec.errors import ClusterError
 from owlrec.ops import submission as preflight
 from owlrec.ops.preflight_probe import MARK
-from owlrec.ops.submission import GpuDemand, check_gpus, check_head, gpu_demand, http_address, judge, refuse
+from owlrec.ops.submission import GpuDemand, check_gpus, check_head, check_report, gpu_demand, http_address, refuse
 from owlrec.recipe import load_recipe
 
 NODE = {"address": "10.0.0.1", "resources": {"CPU": 4, "GPU": 0}, "python": "3.11.7", "problem": ""}
@@ -41,23 +41,23 @@ def server(status: int, body: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "name", "found"),
+    ("status", "body", "name", "problem"),
     [
         (200, '{"ray_version": "2.59.1"}', "Ray", "runs Ray 2.59.1"),
         (200, '{"ray_version": "2.60.1"}', "Ray", "runs Ray 2.60.1"),
-        (200, "<html>", "head", "is no Ray head"),
-        (200, "[]", "head", "is no Ray head"),
-        (404, "{}", "head", "is no Ray head"),
-        (401, "Unauthorized", "token", "asks for a token and got none"),
-        (403, "Forbidden", "token", "refuses this token"),
+        (200, "<html>", "head", "not a Ray head"),
+        (200, "[]", "head", "not a Ray head"),
+        (404, "{}", "head", "not a Ray head"),
+        (401, "Unauthorized", "token", "requires a token"),
+        (403, "Forbidden", "token", "rejects this token"),
     ],
 )
-def test_a_head_that_will_not_do_is_named(status, body, name, found):
+def test_a_head_that_will_not_do_is_named(status, body, name, problem):
     with server(status, body) as url:
         last = check_head(url, {})[-1]
     assert (last.name, last.ok) == (name, "fail")
-    assert found in last.found
-    with pytest.raises(ClusterError, match="To mend it, "):
+    assert problem in last.found
+    with pytest.raises(ClusterError, match="To fix it, "):
         refuse([last])
 
 
@@ -69,9 +69,9 @@ def test_the_right_head_passes():
 def test_an_address_that_nothing_answers_at_is_no_head():
     with server(200, "") as url:
         pass
-    [found] = check_head(url, {})
-    assert "no Ray head answers" in found.found
-    assert "8265" in found.fix
+    [check] = check_head(url, {})
+    assert "no Ray head answers" in check.found
+    assert "8265" in check.fix
     assert check_head("http://no such host", {})[0].ok == "fail"
 
 
@@ -86,16 +86,13 @@ def test_addresses():
 @pytest.mark.parametrize(
     ("pipeline", "changes", "expected"),
     [
-        ("generate", {"generate": {"engine_gpus": 0.5, "min_replicas": 3}}, GpuDemand(0.5, 3, "generate.engine_gpus")),
+        ("generate", {"generate": {"engine_gpus": 0.5, "replicas": [3, 9]}}, GpuDemand(0.5, 3, "generate.engine_gpus")),
         ("refresh", {"generate": {"engine_gpus": 2}}, GpuDemand(2, 1, "generate.engine_gpus")),
         ("prepare", {"generate": {"engine_gpus": 2}}, None),
         ("generate", {}, None),
-        ("train_ctr", {"ctr": {"use_gpu": True, "num_workers": 4}}, GpuDemand(1, 4, "ctr.use_gpu")),
-        (
-            "tune_ranker",
-            {"ranking": {"tuning": {"use_gpu": True, "num_workers": 2}}},
-            GpuDemand(1, 2, "ranking.tuning.use_gpu"),
-        ),
+        ("train_ctr", {"training": {"use_gpu": True, "num_workers": 4}}, GpuDemand(1, 4, "training.use_gpu")),
+        ("tune_ranker", {"training": {"use_gpu": True, "num_workers": 2}}, GpuDemand(1, 2, "training.use_gpu")),
+        ("train_ctr", {"training": {"num_workers": 2}}, None),
         ("tune_ranker", {}, None),
     ],
 )
@@ -125,31 +122,31 @@ def gpu_nodes(*counts: float) -> list[dict[str, Any]]:
     ],
 )
 def test_gpus_there_are_or_can_come(each, workers, nodes, groups, expected):
-    found = check_gpus(GpuDemand(each, workers, "generate.engine_gpus"), {"nodes": gpu_nodes(*nodes), "groups": groups})
-    assert found.ok == expected
+    check = check_gpus(GpuDemand(each, workers, "generate.engine_gpus"), {"nodes": gpu_nodes(*nodes), "groups": groups})
+    assert check.ok == expected
     if expected == "fail":
-        assert f"generate.engine_gpus asks for {workers} x {each:g} GPU" in found.found
+        assert f"generate.engine_gpus asks for {workers} x {each:g} GPU" in check.found
 
 
 def test_a_good_report_passes():
-    checks = judge(REPORT, "s3://b/w", None)
+    checks = check_report(REPORT, "s3://b/w", None)
     assert [(c.name, c.ok) for c in checks] == [("Python", "ok"), ("nodes", "ok"), ("workspace", "ok")]
 
 
 def test_another_python_is_refused():
-    [found] = judge({**REPORT, "python": "3.10.4", "nodes": []}, None, None)
-    assert "runs Python 3.10.4" in found.found
-    mixed = judge({**REPORT, "nodes": [NODE, {**NODE, "python": "3.12.1"}]}, None, None)
+    [check] = check_report({**REPORT, "python": "3.10.4", "nodes": []}, None, None)
+    assert "runs Python 3.10.4" in check.found
+    mixed = check_report({**REPORT, "nodes": [NODE, {**NODE, "python": "3.12.1"}]}, None, None)
     assert "3.11.7 and 3.12.1" in mixed[0].found
     assert mixed[0].ok == "fail"
 
 
 def test_a_workspace_that_one_node_cannot_reach_is_refused_with_the_node():
     lonely = {**NODE, "address": "10.0.0.2", "problem": "WorkspaceError: /w/.probe-1 does not exist."}
-    with pytest.raises(ClusterError, match=r"/w is not usable from 1 of its machines; on 10\.0\.0\.2: WorkspaceError"):
-        refuse(judge({**REPORT, "nodes": [NODE, lonely]}, "/w", None))
+    with pytest.raises(ClusterError, match=r"/w cannot be used from 1 of its machines; on 10\.0\.0\.2: WorkspaceError"):
+        refuse(check_report({**REPORT, "nodes": [NODE, lonely]}, "/w", None))
     with pytest.raises(ClusterError, match="on the head: WorkspaceError: no bucket"):
-        refuse(judge({**REPORT, "problem": "WorkspaceError: no bucket"}, "s3://b", None))
+        refuse(check_report({**REPORT, "problem": "WorkspaceError: no bucket"}, "s3://b", None))
 
 
 class Jobs:

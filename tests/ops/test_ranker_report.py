@@ -4,13 +4,13 @@ import pytest
 
 from owlrec.evaluation import Interval
 from owlrec.ops.report import ReportData, ranker_rows, render_report
-from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.judging import Judgement, RankerResult, read_results, results_of, write_results
+from owlrec.ranking.question_sets import Evaluation, RankerResult, read_results, results_of, write_results
+from owlrec.ranking.samples import RankingConfig
 from owlrec.workspace import Workspace
 
 
-def judgement(model: str, shown: str, auc: float, interval: Interval | None = None) -> Judgement:
-    return Judgement(
+def evaluation(model: str, shown: str, auc: float, interval: Interval | None = None) -> Evaluation:
+    return Evaluation(
         model=model,
         shown=shown,
         rows=10,
@@ -26,20 +26,20 @@ def judgement(model: str, shown: str, auc: float, interval: Interval | None = No
     )
 
 
-def config(shots: int | None, behaviours: int) -> RankingConfig:
-    return RankingConfig.model_validate({"data": {"shots": shots, "behaviours": behaviours}})
+def config(shots: int | None, behaviors: int) -> RankingConfig:
+    return RankingConfig.model_validate({"data": {"shots": shots, "behaviors": behaviors}})
 
 
 @pytest.fixture
 def results(workspace: Workspace) -> list[RankerResult]:
-    """Two seeds of 256 shots, one of all samples with more behaviours, and DIN; one run was done twice."""
+    """Two seeds of 256 shots, one of all samples with more behaviors, and DIN; one run was done twice."""
     low = Interval(low=0.6, high=0.68)
     for name, auc in (("again", 0.1), ("b", 0.66)):
-        write_results(workspace, name, results_of(config(256, 5), [judgement("tuned", "recent", auc)], seed=1))
-    first = [judgement("zero-shot", "recent", 0.5), judgement("tuned", "recent", 0.64, low)]
+        write_results(workspace, name, results_of(config(256, 5), [evaluation("tuned", "recent", auc)], seed=1))
+    first = [evaluation("zero-shot", "recent", 0.5), evaluation("tuned", "recent", 0.64, low)]
     write_results(workspace, "c", results_of(config(256, 5), first))
-    write_results(workspace, "d", results_of(config(None, 30), [judgement("tuned", "retrieved", 0.7)]))
-    din = RankerResult(model="din", shots=256, behaviours=None, shown="", seed=0, auc=0.55)
+    write_results(workspace, "d", results_of(config(None, 30), [evaluation("tuned", "retrieved", 0.7)]))
+    din = RankerResult(model="din", shots=256, behaviors=None, shown="", seed=0, auc=0.55)
     write_results(workspace, "e", [din])
     return read_results(workspace)
 

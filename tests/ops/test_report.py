@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from owlrec.ctr.experiment import Metrics, PairedDifference, SliceMetrics, TrialResult
-from owlrec.decoding.controller import DecoderCounters, StepSums
-from owlrec.encoding.semantic_ids import QuantisationReport
+from owlrec.encoding.compression import QuantizationReport
 from owlrec.evaluation import GridScores, Interval
 from owlrec.ops.report import (
     ArmFigures,
@@ -22,6 +21,7 @@ from owlrec.ops.report import (
     slice_rows,
 )
 from owlrec.shards import Card
+from owlrec_decoding.controller import DecoderCounters, StepSums
 
 EVIL = "<script>alert('x')</script>"
 
@@ -56,7 +56,7 @@ def data():
         samples=[KnowledgeSample(kind="item", title=EVIL, inputs=[f"genres: {EVIL}"], text=f"{EVIL} & more")],
         release={"name": "20260102T030400Z-0123abcd"},
         semantic_ids={
-            "knowledge-user": QuantisationReport(
+            "knowledge-user": QuantizationReport(
                 vectors=943,
                 unique_rate=0.9876,
                 unique_rate_with_digit=1,
@@ -193,8 +193,8 @@ def test_heat_follows_the_gain_and_fades_where_it_may_be_chance(data):
         figures("dcnv2", "knowledge", 0.01, -0.01, 0.03),
     ]
     din, dcnv2 = heat_rows(arms)
-    assert list(din) == ["test AUC to none", "knowledge", "shuffled"]
-    assert (din["test AUC to none"], dcnv2["test AUC to none"], dcnv2["shuffled"]) == ("din", "dcnv2", "")
+    assert list(din) == ["test AUC minus none", "knowledge", "shuffled"]
+    assert (din["test AUC minus none"], dcnv2["test AUC minus none"], dcnv2["shuffled"]) == ("din", "dcnv2", "")
     for cell, gain, color in (
         (din["knowledge"], "+0.0200", "var(--green) 70%"),
         (din["shuffled"], "-0.0100", "var(--ochre) 35%"),
@@ -203,9 +203,9 @@ def test_heat_follows_the_gain_and_fades_where_it_may_be_chance(data):
         assert gain in cell
         assert color in cell
     page = render_report(data.model_copy(update={"arms": arms}))
-    assert "Which backbone gains by which arm?" in page
+    assert "Which backbones gain from which arms?" in page
     assert din["knowledge"] in page
-    assert "Which backbone gains" not in render_report(data)  # no paired differences, no map
+    assert "Which backbones gain" not in render_report(data)  # no paired differences, no map
 
 
 def test_slices_stand_side_by_side_for_the_arms(compared):
@@ -230,7 +230,7 @@ def test_results_and_test_scores_become_the_figures_of_the_arms():
     labels, noise = rng.integers(0, 2, 200), rng.normal(size=200)
     numbers = {"epochs": 3, "best_epoch": 1, "seconds": 1.0, "samples_per_s": 10.0, "parameters": 5}
     results = [
-        TrialResult(backbone="din", arm=arm, seed=0, valid=metrics, test=metrics, **numbers)
+        TrialResult(backbone="din", arm=arm, seed=0, valid=metrics, test=metrics, slices={}, **numbers)
         for arm, auc in (("none", 0.6), ("knowledge", 0.7))
         for metrics in [Metrics(auc=auc, gauc=None, log_loss=0.5, calibration_error=0.1)]
     ]
@@ -268,7 +268,7 @@ def test_the_decoder_is_shown_by_its_counts_and_its_speed_up_by_batch_size(data)
     sums = {1: StepSums(steps=9, tokens=20, seconds=2.0, plain_s=6.2), 16: StepSums(steps=3, seconds=1.0, plain_s=1.4)}
     page = render_report(data.model_copy(update={"decoder": DecoderCounters(counts=counts, by_rows=sums)}))
     for text in (
-        "2.50 (steps without",
+        "2.50 (including steps without",
         "400, 38% accepted",
         "own 7",
         "retrieval 3.3%",

@@ -27,7 +27,7 @@ from owlrec.ops.submission import (
 )
 from owlrec.recipe import Recipe, load_recipe
 
-JOB = Submission("generate-shop-0123", "python -m pipelines.generate", {"working_dir": "/x"})
+JOB = Submission("generate-shop-0123", "python -m owlrec run --only generate", {"working_dir": "/x"})
 
 
 @dataclass
@@ -90,7 +90,7 @@ def recipe(tmp_path: Path, **changes: Any) -> Recipe:
 def test_the_name_is_of_what_runs_and_not_of_where(tmp_path):
     usual = submission_name(recipe(tmp_path), "train_ctr")
     assert usual.startswith("train-ctr-shop-")
-    assert submission_name(recipe(tmp_path, ray={"num_cpus": 7}), "train_ctr") == usual
+    assert submission_name(recipe(tmp_path, ray="local[7]"), "train_ctr") == usual
     others = [
         submission_name(recipe(tmp_path), "generate"),
         submission_name(recipe(tmp_path), "train_ctr", ["--retry-dead"]),
@@ -148,7 +148,7 @@ def test_of_two_at_the_same_moment_one_starts_the_job():
 def test_a_head_that_is_not_ready_is_waited_for_and_a_refusal_is_told():
     jobs = FakeJobs(refusals=[RuntimeError("No available agent to submit job, please try again later.")] * 3)
     assert start(jobs, JOB).state == "started"
-    with pytest.raises(ClusterError, match="did not take the job: the package is too large"):
+    with pytest.raises(ClusterError, match="did not accept the job: the package is too large"):
         start(FakeJobs(refusals=[RuntimeError("Traceback\nthe package is too large")]), JOB)
 
 
@@ -166,7 +166,7 @@ def test_a_head_that_stays_away_is_given_up_with_what_to_do(monkeypatch):
     moments = iter([0.0, 30.0, 61.0])
     monkeypatch.setattr(submission.time, "monotonic", lambda: next(moments))  # of _no_waiting's clock
     jobs = FakeJobs(chunks=[[ConnectionError("refused")]] * 3)
-    with pytest.raises(ClusterError, match=f"what became of job {JOB.name} is unknown"):
+    with pytest.raises(ClusterError, match=f"job {JOB.name} is unknown"):
         asyncio.run(follow(jobs, JOB.name, lambda text: None))
 
 
@@ -192,8 +192,8 @@ def test_code_travels_without_caches_and_before_an_installed_one(tmp_path):
     (package / "a.py").write_text("")
     (tmp_path / "shop.yaml").write_text("name: shop")
     with job_folder(tmp_path / "shop.yaml", {"platform/owlrec": package}) as folder:
-        found = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-        assert found == ["platform/owlrec/a.py", RECIPE]
+        files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        assert files == ["platform/owlrec/a.py", RECIPE]
         environment = runtime_env(folder, installed=False)
         assert environment == {"working_dir": str(folder), "env_vars": {"PYTHONPATH": "platform"}}
     assert not folder.exists()
@@ -209,9 +209,9 @@ def test_on_an_image_with_owlrec_only_the_recipe_travels(tmp_path):
 def test_further_fields_are_added_and_the_working_directory_stays_ours(tmp_path):
     extra = tmp_path / "env.yaml"
     extra.write_text("pip: [lmdb]\nenv_vars: {PYTHONPATH: more, N: 3}")
-    found = runtime_env(tmp_path, installed=False, extra=extra)
-    assert found["pip"] == ["lmdb"]
-    assert found["env_vars"] == {"PYTHONPATH": "platform:more", "N": "3"}
+    environment = runtime_env(tmp_path, installed=False, extra=extra)
+    assert environment["pip"] == ["lmdb"]
+    assert environment["env_vars"] == {"PYTHONPATH": "platform:more", "N": "3"}
     for wrong in ("working_dir: .", "- pip", "pip: [", "env_vars: [1]"):
         extra.write_text(wrong)
         with pytest.raises(RecipeError, match=r"env\.yaml"):
@@ -223,7 +223,7 @@ def test_paths_that_only_hold_here_are_refused(tmp_path, monkeypatch):
     (tmp_path / "clicks" / "1.parquet").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     here = {"type": "table", "items": "/mnt/items.csv", "interactions": "clicks/*.parquet"}
-    with pytest.raises(RecipeError, match=r"source\.interactions: clicks/\*\.parquet is a file or folder here"):
+    with pytest.raises(RecipeError, match=r"source\.interactions: clicks/\*\.parquet is a local file or folder"):
         refuse_local_paths(recipe(tmp_path, source=here))
     there = recipe(tmp_path, source={**here, "interactions": str(tmp_path / "clicks")})
     refuse_local_paths(there)

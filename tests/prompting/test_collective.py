@@ -3,8 +3,8 @@
 import pyarrow as pa
 import pytest
 
-from owlrec.cohorts.profiles import PROFILES
-from owlrec.prompting.rows import cohort_prompts
+from owlrec.cohorts.cohort_model import PROFILES
+from owlrec.prompting.prompts import cohort_prompts
 from owlrec.scenario import SCENARIOS, get_scenario
 
 

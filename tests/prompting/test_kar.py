@@ -2,8 +2,7 @@
 
 import pytest
 
-from owlrec.prompting.framework import item_prompt, item_system, user_prompt, user_system
-from owlrec.prompting.frameworks import KAR
+from owlrec.prompting.frameworks import KAR, item_prompt, item_system, user_prompt, user_system
 from owlrec.scenario import SCENARIOS, get_scenario
 
 MOVIES = get_scenario("movies")
@@ -27,7 +26,7 @@ def test_user_prompt_of_movies() -> None:
     assert prompt == (
         'User: gender female, age 25-34. The user watched these movies, oldest first: "Alien (1979)" 5 stars; '
         '"Big (1988)" 1 star; "Heat (1995)".\n'
-        "Analyse the user's preferences on movies and explain them."
+        "Analyze the user's preferences on movies and explain them."
     )
     assert facts == (
         'User: gender female, age 25-34. The user watched these movies: "Alien (1979)" 5 stars; "Big (1988)" 1 star; '
@@ -48,7 +47,7 @@ def test_item_prompt_of_books() -> None:
     assert facts == 'The book "Emma" (author: Jane Austen; categories: Classics, Romance).'
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=lambda s: s.name)
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_every_scenarios_factors_are_named(scenario) -> None:
     assert all(f in user_system(KAR, scenario) for f in scenario.user_factors)
     assert all(f in item_system(KAR, scenario) for f in scenario.item_factors)

@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec.cohorts.profiles import ProfileSettings, best_candidates, build_profiles, user_candidates
+from owlrec.cohorts.cohort_model import ProfileSettings, best_candidates, build_profiles, user_candidates
 from owlrec.generation import EchoEngineConfig
-from owlrec.prompting.ranking import RankPromptConfig, rank_prompt
-from owlrec.prompting.rows import FRAMEWORKS, PromptConfig, cohort_prompts, user_prompts
-from owlrec.ranking.retrieval import BehaviourRetriever
-from owlrec.ranking.samples import behaviours_shown
+from owlrec.prompting.frameworks import RankPromptConfig, rank_prompt
+from owlrec.prompting.prompts import FRAMEWORKS, PromptConfig, cohort_prompts, user_prompts
+from owlrec.ranking.behavior_retrieval import BehaviorRetriever
+from owlrec.ranking.samples import behaviors_shown
 from owlrec.refresh.events import EVENTS, taken_in
 from owlrec.refresh.state import RefreshPrompts
 from owlrec.scenario import SCENARIOS
 from owlrec.schema import COHORTS, SAMPLES
-from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import Labels, taken, with_outcomes
 from owlrec.sources.splits import (
     Behaviors,
+    ItemCatalog,
     Samples,
     SplitConfig,
     SplitValues,
@@ -33,7 +33,7 @@ from owlrec.sources.splits import (
 )
 
 N_USERS, N_ITEMS = 4, 12
-LABELLED = Labels(rule="column", rating_above=3)
+LABELED = Labels(rule="column", rating_above=3)
 EVENT_LOG = Labels(rule="column", rating_above=3, events=True)
 CATALOG = ItemCatalog(pa.table({"item_id": range(N_ITEMS), "title": [f"Thing {chr(65 + i)}" for i in range(N_ITEMS)]}))
 USERS = pa.table({"user_id": pa.array(range(N_USERS), pa.int64()), "raw_id": [str(u) for u in range(N_USERS)]})
@@ -66,7 +66,7 @@ def took(behaviors: Behaviors, user: int) -> set[int]:
 
 
 @settings(max_examples=80, deadline=None)
-@given(logs(), st.sampled_from([LABELLED, EVENT_LOG]), st.booleans(), st.sampled_from(sorted(SCENARIOS)))
+@given(logs(), st.sampled_from([LABELED, EVENT_LOG]), st.booleans(), st.sampled_from(sorted(SCENARIOS)))
 def test_nothing_passed_over_is_quoted_as_taken(log: pa.Table, labels: Labels, kept: bool, domain: str) -> None:
     scenario, split = SCENARIOS[domain], SplitConfig(passed_over=kept)
     behaviors = Behaviors.ordered(with_outcomes(log, labels, "log"))
@@ -98,11 +98,11 @@ def test_nothing_passed_over_is_quoted_as_taken(log: pa.Table, labels: Labels, k
     lists = {"item_id": behaviors.item, "rating": behaviors.rating, "label": behaviors.label}
     chosen = slice(None) if kept else behaviors.taken
     asked = with_histories(rows, pa.table({name: values[chosen] for name, values in lists.items()}))
-    retriever = BehaviourRetriever(np.arange(N_ITEMS), np.eye(N_ITEMS, dtype=np.float32))
+    retriever = BehaviorRetriever(np.arange(N_ITEMS), np.eye(N_ITEMS, dtype=np.float32))
     for row in asked.select(SAMPLES.names).to_pylist():
         for shown in ("recent", "retrieved", "mixed"):
             titles = CATALOG.titles(np.array(row["history"], dtype=np.int64))
-            behaved = behaviours_shown(row, titles, range(N_ITEMS), retriever, 5, shown)  # type: ignore[arg-type]
+            behaved = behaviors_shown(row, titles, range(N_ITEMS), retriever, 5, shown)  # type: ignore[arg-type]
             _, text = rank_prompt(scenario, {}, "the candidate", RankPromptConfig(), count, **behaved)
             assert quoted_as_taken(text, "\0") <= took(behaviors, row["user_id"])
 
@@ -117,7 +117,7 @@ def test_nothing_passed_over_is_quoted_as_taken(log: pa.Table, labels: Labels, k
 
 def test_what_was_passed_over_is_said_in_the_scenario_s_words() -> None:
     log = {"user_id": [1] * 4, "item_id": [0, 1, 2, 3], "timestamp": [1, 2, 3, 4], "label": [1.0, 0.0, 1.0, 1.0]}
-    behaviors = Behaviors.ordered(with_outcomes(pa.table(log), LABELLED, "log"))
+    behaviors = Behaviors.ordered(with_outcomes(pa.table(log), LABELED, "log"))
     read = histories(behaviors, Texts.of(behaviors, SplitConfig(cuts=("now",))))
     (prompt,) = user_prompts(USERS, read, CATALOG, PromptConfig(), SCENARIOS["ads"], count)
     assert 'The user clicked these ads, oldest first: "Thing A"; "Thing C"; "Thing D". ' in prompt.text  # type: ignore[union-attr]

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 
 from owlrec.errors import RecipeError
-from owlrec.prompting.framework import Framework, FrameworkName, item_prompt, item_system, user_system
-from owlrec.prompting.rows import FRAMEWORKS, PromptConfig, item_prompts, template_fingerprint, user_prompts
+from owlrec.prompting.frameworks import Framework, FrameworkName, item_prompt, item_system, user_system
+from owlrec.prompting.prompts import FRAMEWORKS, PromptConfig, item_prompts, template_fingerprint, user_prompts
 from owlrec.recipe import load_recipe
 from owlrec.scenario import get_scenario
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace
 
 MOVIES = get_scenario("movies")
@@ -49,17 +49,17 @@ def test_item_prompts_cover_every_row(small_world: Workspace) -> None:
 
 
 def test_template_fingerprint_sees_scenario_and_settings() -> None:
-    prints = {
+    fingerprints = {
         template_fingerprint(PromptConfig(), MOVIES),
         template_fingerprint(PromptConfig(history_tokens=7), MOVIES),
         template_fingerprint(PromptConfig(), get_scenario("books")),
     }
-    assert len(prints) == 3
+    assert len(fingerprints) == 3
 
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
-def test_rows_are_asked_in_the_chosen_familys_words(small_world: Workspace, name: FrameworkName) -> None:
-    family = FRAMEWORKS[name]
+def test_rows_are_asked_in_the_chosen_frameworks_words(small_world: Workspace, name: FrameworkName) -> None:
+    chosen = FRAMEWORKS[name]
     users = list(
         user_prompts(
             small_world.read_table("users"),
@@ -71,30 +71,30 @@ def test_rows_are_asked_in_the_chosen_familys_words(small_world: Workspace, name
         )
     )
     assert len(users) == 40
-    question = family.user_template.splitlines()[-1].format(items="movies")
+    question = chosen.user_template.splitlines()[-1].format(items="movies")
     for prompt in users:
-        assert prompt.system == user_system(family, MOVIES)
+        assert prompt.system == user_system(chosen, MOVIES)
         assert prompt.text.endswith("\n" + question)
     for prompt in item_prompts(small_world.read_table("items"), MOVIES, name):
-        assert prompt.system == item_system(family, MOVIES)
+        assert prompt.system == item_system(chosen, MOVIES)
         i = prompt.id - 100
         genres = ["Drama", "War"] if i % 2 else ["Comedy"]
-        asked = item_prompt(family, MOVIES, f"Film {i} (19{70 + i % 30})", {"genres": genres})
+        asked = item_prompt(chosen, MOVIES, f"Film {i} (19{70 + i % 30})", {"genres": genres})
         assert (prompt.text, prompt.facts) == asked
 
 
 @pytest.mark.parametrize("part", [f.name for f in fields(Framework)])
-def test_template_fingerprint_moves_with_its_own_family_only(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    def prints() -> dict[str, str]:
+def test_template_fingerprint_moves_with_its_own_framework_only(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    def fingerprints() -> dict[str, str]:
         return {name: template_fingerprint(PromptConfig(framework=name), MOVIES) for name in FRAMEWORKS}
 
-    before = prints()
+    before = fingerprints()
     assert len(set(before.values())) == len(FRAMEWORKS)
     monkeypatch.setitem(FRAMEWORKS, "once", replace(FRAMEWORKS["once"], **{part: "Another wording."}))
-    assert {name for name, value in prints().items() if value != before[name]} == {"once"}
+    assert {name for name, value in fingerprints().items() if value != before[name]} == {"once"}
 
 
-def test_recipe_takes_every_family_and_names_an_unknown_one(tmp_path: Path) -> None:
+def test_recipe_takes_every_framework_and_names_an_unknown_one(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     recipe = (
         "name: x\nscenario: movies\nworkspace: w\nsource: {type: movielens-100k}\nengine: {type: echo}\n"

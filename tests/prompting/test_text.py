@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.prompting.framework import clean_text, first_tokens, fit_recent, in_budget
+from owlrec.prompting.frameworks import clean_text, first_tokens, fit_recent, in_budget
 
 
 def test_template_tokens_and_controls_go() -> None:

@@ -12,8 +12,8 @@ from toy_taste import toy_examples, toy_texts  # type: ignore[import-not-found]
 
 from owlrec.ctr.trainer import ALONE
 from owlrec.errors import EngineError, WorkspaceError
-from owlrec.ranking.experiment import TuningSettings
-from owlrec.ranking.tuning import Progress, load_model, open_adapter, save_adapter, score, tune
+from owlrec.ranking.lora import TuningProgress, load_model, open_adapter, save_adapter, score, tune
+from owlrec.ranking.samples import TuningSettings
 from owlrec.workspace import Workspace
 
 MADE_FOR = {"model": "tiny:1", "wording": "w" * 64}
@@ -21,7 +21,7 @@ MADE_FOR = {"model": "tiny:1", "wording": "w" * 64}
 
 def save_zeros(workspace: Workspace) -> None:
     weights = save({"a": torch.zeros(2)})
-    save_adapter(workspace, "r/adapter", weights, {"r": 8}, **MADE_FOR, progress=Progress())
+    save_adapter(workspace, "r/adapter", weights, {"r": 8}, **MADE_FOR, progress=TuningProgress())
 
 
 def test_peft_loads_what_was_tuned(workspace: Workspace, tmp_path: Path) -> None:
@@ -46,8 +46,8 @@ def test_peft_loads_what_was_tuned(workspace: Workspace, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"model": "large:2"}, "adapter of tiny:1, but the ranker's model is large:2"),
-        ({"wording": "v" * 64}, "tuned on prompts of another wording"),
+        ({"model": "large:2"}, "adapter for tiny:1, but the ranker's model is large:2"),
+        ({"wording": "v" * 64}, "different wording"),
     ],
 )
 def test_an_adapter_of_another_model_or_wording_is_refused(
@@ -63,7 +63,7 @@ def test_missing_and_damaged_adapters_are_refused(workspace: Workspace) -> None:
         open_adapter(workspace, "r/adapter", **MADE_FOR)
     save_zeros(workspace)
     workspace.write_bytes("r/adapter/adapter_model.safetensors", b"x")
-    with pytest.raises(WorkspaceError, match="its weights are not those that were written"):
+    with pytest.raises(WorkspaceError, match="weights do not match"):
         open_adapter(workspace, "r/adapter", **MADE_FOR)
     workspace.write_json("r/adapter/ranker.json", {"rank": 8})
     with pytest.raises(WorkspaceError, match="is damaged"):

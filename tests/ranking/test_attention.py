@@ -8,9 +8,9 @@ import torch
 from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from owlrec.ranking import attention
-from owlrec.ranking.experiment import TuningSettings
-from owlrec.ranking.tuning import answer_logits, load_model
+from owlrec.ranking import lora
+from owlrec.ranking.lora import answer_logits, load_model
+from owlrec.ranking.samples import TuningSettings
 
 
 def tensors(heads: int, groups: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -22,14 +22,14 @@ def tensors(heads: int, groups: int, dtype: torch.dtype = torch.float32) -> list
 def both(heads: int, groups: int, dtype: torch.dtype = torch.float32, **options: Any) -> list[list[torch.Tensor]]:
     """The outputs, and the gradients of query, key and value, of ours and of torch's."""
     module: Any = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
-    found = []
-    for attend in (attention.attend_by_rows, sdpa_attention_forward):
+    outputs = []
+    for attend in (lora.attend_by_rows, sdpa_attention_forward):
         inputs = tensors(heads, groups, dtype)
         out = attend(module, *inputs, **{"attention_mask": None, **options})[0]
         weights = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
         (out * weights).sum().backward()
-        found.append([out, *(tensor.grad for tensor in inputs)])
-    return found
+        outputs.append([out, *(tensor.grad for tensor in inputs)])
+    return outputs
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2), (3, 1)])
@@ -57,7 +57,7 @@ def test_a_window_is_seen() -> None:
 def test_a_model_in_bfloat16_on_a_cpu_answers_as_with_torchs_attention(tmp_path: Any) -> None:
     folder = write_tiny_ranker(tmp_path, ["some text"])
     ours, exact = (load_model(folder, None, TuningSettings(dtype=dtype)) for dtype in ("bfloat16", "float32"))
-    assert ours.config._attn_implementation == attention.NAME
+    assert ours.config._attn_implementation == lora.BY_ROWS
     assert exact.config._attn_implementation == "sdpa"
     prompts = [torch.arange(3, 3 + n).numpy() % 40 for n in (9, 14, 5)]
     with torch.no_grad():

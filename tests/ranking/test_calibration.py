@@ -11,7 +11,7 @@ from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.evaluation import (
     PlattScaling,
     auc,
-    expected_calibration_error,
+    calibration_error,
     fit_calibration,
     load_calibration,
     log_loss,
@@ -33,8 +33,8 @@ def test_unseen_samples_lose_log_loss_and_calibration_error_but_no_order() -> No
     scores, labels = overconfident(4000, 2)
     calibrated = calibration.apply(scores)
     assert log_loss(labels, calibrated) < log_loss(labels, scores) - 0.2
-    assert expected_calibration_error(labels, scores) > 0.15
-    assert expected_calibration_error(labels, calibrated) < 0.04
+    assert calibration_error(labels, scores) > 0.15
+    assert calibration_error(labels, calibrated) < 0.04
     assert auc(labels, calibrated) == pytest.approx(auc(labels, scores), abs=0.005)
 
 
@@ -124,13 +124,3 @@ def test_damaged_parameters_are_refused(workspace: Workspace, damaged: object) -
     workspace.write_json("calibration.json", damaged)
     with pytest.raises(WorkspaceError, match=r"calibration.json is not a calibration"):
         load_calibration(workspace, "calibration.json")
-
-
-def test_calibration_error_by_hand() -> None:
-    # Two bins: .2 and .4 predict .3 where half happened; .9 predicts .9 where all did.
-    labels, probabilities = np.array([0, 1, 1]), np.array([0.2, 0.4, 0.9])
-    assert expected_calibration_error(labels, probabilities, bins=2) == pytest.approx((2 * 0.2 + 0.1) / 3)
-    assert expected_calibration_error(np.array([1, 0]), np.array([1.0, 0.0])) == 0
-    assert math.isnan(expected_calibration_error(np.array([]), np.array([])))
-    with pytest.raises(ValueError, match="give one a label"):
-        expected_calibration_error(np.ones(2), np.ones(3))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from owlrec.ranking.retrieval import SET_SIZE, with_candidates
+from owlrec.ranking.behavior_retrieval import SET_SIZE, with_candidates
 from owlrec.schema import SAMPLES
 
 CATALOG = np.arange(100, 400)
@@ -24,9 +24,9 @@ def samples(*rows: tuple[int, int, int], history: tuple[int, ...] = ()) -> pa.Ta
 
 
 def sets(table: pa.Table, logged: pa.Table | None = None, catalog: np.ndarray = CATALOG) -> list[set[int]]:
-    found = with_candidates(table, table if logged is None else logged, catalog)["candidates"].to_pylist()
-    assert all(one == sorted(set(one)) for one in found)
-    return [set(one) for one in found]
+    candidates = with_candidates(table, table if logged is None else logged, catalog)["candidates"].to_pylist()
+    assert all(one == sorted(set(one)) for one in candidates)
+    return [set(one) for one in candidates]
 
 
 def test_samples_of_one_moment_share_their_set_and_others_do_not() -> None:
@@ -46,20 +46,20 @@ def test_the_rest_of_a_moment_counts_though_it_was_not_drawn() -> None:
 
 def test_of_a_long_list_each_keeps_itself_and_the_same_others() -> None:
     log = samples(*((1, 100 + i, 5) for i in range(30)))
-    found = sets(log)
-    assert all(len(one) == SET_SIZE and 100 + i in one for i, one in enumerate(found))
-    common = set.intersection(*found)
+    candidates = sets(log)
+    assert all(len(one) == SET_SIZE and 100 + i in one for i, one in enumerate(candidates))
+    common = set.intersection(*candidates)
     assert len(common) == SET_SIZE - 1
-    assert sum(one - common == {100 + i} for i, one in enumerate(found)) == 30 - len(common)
+    assert sum(one - common == {100 + i} for i, one in enumerate(candidates)) == 30 - len(common)
 
 
 def test_what_the_user_has_met_is_not_added() -> None:
     met = tuple(range(100, 130))
-    (found,) = sets(samples((1, 130, 5), history=met), catalog=np.arange(100, 150))
-    assert not found & set(met)
-    assert 130 in found
-    (found,) = sets(samples((1, 102, 5), history=(100, 101)), catalog=np.arange(100, 104))
-    assert found in ({102}, {102, 103})
+    (candidates,) = sets(samples((1, 130, 5), history=met), catalog=np.arange(100, 150))
+    assert not candidates & set(met)
+    assert 130 in candidates
+    (candidates,) = sets(samples((1, 102, 5), history=(100, 101)), catalog=np.arange(100, 104))
+    assert candidates in ({102}, {102, 103})
 
 
 @pytest.mark.parametrize("history", [None, ()])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.ranking_cascade import held_out_lists, judge_cascade, ndcg, reorder
+from benchmarks.ranking_cascade import evaluate_cascade, held_out_lists, ndcg, reorder
 from owlrec.errors import RecipeError
 from owlrec.schema import SAMPLES
 from owlrec.serving.rank_api import Cascade
@@ -31,8 +31,8 @@ LLM = np.array([0.1, 1.0, 0.8, 0.6])
     ],
 )
 def test_head_is_reordered_by_the_blend(first: int, weight: float, order: list[int], scores: list[float]) -> None:
-    found, blended = reorder(CTR, LLM, first=first, weight=weight)
-    assert found.tolist() == order
+    ranking, blended = reorder(CTR, LLM, first=first, weight=weight)
+    assert ranking.tolist() == order
     np.testing.assert_allclose(blended, scores)
 
 
@@ -95,14 +95,14 @@ def test_figures_of_a_perfect_llm_grow_with_depth_and_weight() -> None:
     rng = np.random.default_rng(0)
     labels = (rng.random((40, 12)) < 0.4).astype(float)
     ctr, llm = rng.random(labels.shape), 0.8 * labels + 0.1
-    by = {(f.first, f.weight): f for f in judge_cascade(labels, ctr, llm, depths=[4, 12], weights=[0, 0.5, 1])}
+    by = {(f.first, f.weight): f for f in evaluate_cascade(labels, ctr, llm, depths=[4, 12], weights=[0, 0.5, 1])}
     assert list(by) == [(4, 0), (4, 0.5), (4, 1), (12, 0), (12, 0.5), (12, 1)]
     perfect = by[12, 1]
     assert (perfect.ndcg, perfect.auc, perfect.list_auc) == (1.0, 1.0, 1.0)
     for figure in ("ndcg", "auc", "list_auc"):
         assert getattr(by[4, 0], figure) == getattr(by[12, 0], figure)
         assert getattr(by[12, 0], figure) < getattr(by[4, 1], figure) < getattr(perfect, figure)
-    one = judge_cascade(labels[:1], ctr[:1], llm[:1], depths=[4], weights=[0])[0]
+    one = evaluate_cascade(labels[:1], ctr[:1], llm[:1], depths=[4], weights=[0])[0]
     order = np.argsort(-ctr[0])
     assert one.ndcg == pytest.approx(ndcg(labels[:1, order], 10))
     wins = [(a < b) for a in ctr[0][labels[0] == 0] for b in ctr[0][labels[0] == 1]]
@@ -130,16 +130,16 @@ def samples_of(counts: dict[int, int], split: str = "test") -> pa.Table:
 
 def test_lists_know_only_what_was_known_at_their_moment() -> None:
     samples = pa.concat_tables([samples_of({1: 5, 2: 3, 3: 4, 4: 2}), samples_of({9: 8}, "train")])
-    found = held_out_lists(samples, lists=3, length=3)
-    assert found.schema == SAMPLES
-    users = found["user_id"].to_numpy().reshape(3, 3)
+    held_out = held_out_lists(samples, lists=3, length=3)
+    assert held_out.schema == SAMPLES
+    users = held_out["user_id"].to_numpy().reshape(3, 3)
     assert set(users[:, 0]) == {1, 2, 3}
     assert (users == users[:, :1]).all()
-    assert found["item_id"].to_pylist() == [100, 101, 102] * 3
-    assert found["label"].to_pylist() == [0, 1, 0] * 3
-    assert set(found["timestamp"].to_pylist()) == {10}
-    assert found["history"].to_pylist() == [list(range(100))] * 9
+    assert held_out["item_id"].to_pylist() == [100, 101, 102] * 3
+    assert held_out["label"].to_pylist() == [0, 1, 0] * 3
+    assert set(held_out["timestamp"].to_pylist()) == {10}
+    assert held_out["history"].to_pylist() == [list(range(100))] * 9
     fewer = held_out_lists(samples, lists=2, length=3)
-    assert fewer.equals(found.slice(0, 6).combine_chunks())
+    assert fewer.equals(held_out.slice(0, 6).combine_chunks())
     with pytest.raises(RecipeError, match="4 lists of 3 candidates are asked for, but 3 users"):
         held_out_lists(samples, lists=4, length=3)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.projection import ProjectionSettings
-from owlrec.ranking.retrieval import ItemVectors, item_retriever
+from owlrec.encoding.compression import ProjectionSettings
+from owlrec.encoding.vectors import EncoderConfig
+from owlrec.ranking.behavior_retrieval import ItemVectors, item_retriever
 from owlrec.shards import finish_stage
 from owlrec.workspace import Workspace, table_file
 
@@ -28,7 +28,7 @@ class Letters:
 @pytest.fixture(autouse=True)
 def _letters(monkeypatch: pytest.MonkeyPatch) -> None:
     Letters.texts = 0
-    monkeypatch.setattr("owlrec.encoding.encoder.Encoder", Letters)
+    monkeypatch.setattr("owlrec.encoding.vectors.Encoder", Letters)
 
 
 def test_items_are_encoded_once_and_again_where_a_text_has_changed(small_world: Workspace) -> None:

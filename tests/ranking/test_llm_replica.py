@@ -10,12 +10,12 @@ from test_tune_ranker import prepare, recipe_for  # type: ignore[import-not-foun
 from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_texts  # type: ignore[import-not-found]
 
+from owlrec.apps.rank import LlmReplica
 from owlrec.errors import OwlRecError, ServingError
-from owlrec.releases import ReleaseInfo, publish
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE
 from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace
-from serve_apps.rank import LlmReplica
 
 NOWHERE = 10**6  # an item without a title
 
@@ -42,8 +42,8 @@ def test_candidates_are_scored_by_what_the_request_tells(workspace: Workspace, t
     assert all(0 < p < 1 for p in known[:2])
     assert math.isnan(known[2])
     # A history that comes with the request stands in the place of the stored one.
-    told = [{"item_id": 2, "rating": 5.0}, {"item_id": 3, "rating": 1.0}]
-    assert score([0, 1], user_id=1, history=told) != known[:2]
+    given = [{"item_id": 2, "rating": 5.0}, {"item_id": 3, "rating": 1.0}]
+    assert score([0, 1], user_id=1, history=given) != known[:2]
     assert score([1, 0], user_id=1) == pytest.approx(known[1::-1], abs=1e-4)
     with pytest.raises(OwlRecError, match="nowhere"):
         asyncio.run(replica.reconfigure({"adapter": "ranking/nowhere/adapter"}))

@@ -11,11 +11,11 @@ import pytest
 from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 from toy_taste import toy_examples, toy_rows, toy_texts  # type: ignore[import-not-found]
 
+from owlrec.ctr.experiment import WorkersConfig
 from owlrec.errors import RecipeError
-from owlrec.generation.models import model_identity
-from owlrec.ranking.experiment import TuningSettings
-from owlrec.ranking.lora import TuningJob, tune_adapter
-from owlrec.ranking.tuning import load_model, tune
+from owlrec.generation.engines import model_identity
+from owlrec.ranking.lora import TuningSpec, load_model, tune, tune_adapter
+from owlrec.ranking.samples import TuningSettings
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.ray
@@ -34,16 +34,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tiny_ranker(tmp_path_factory.mktemp("ranker"), toy_texts())
 
 
-def a_job(workspace: Workspace, model: str, max_failures: int, **changes: Any) -> TuningJob:
+def tuning_spec(
+    workspace: Workspace, model: str, max_failures: int, num_workers: int = 1, **changes: Any
+) -> TuningSpec:
     for split, n, seed in (("train", 48, 0), ("valid", 20, 1)):
         workspace.write_parquet(f"ranking/abc/{split}.parquet", toy_rows(n, seed))
     settings = TuningSettings(**FAST | changes)
-    return TuningJob(
+    return TuningSpec(
         folder="ranking/abc",
         model=model,
         revision=None,
         wording="w" * 64,
         settings=settings,
+        workers=WorkersConfig(num_workers=num_workers),
         threads=1,
         max_failures=max_failures,
     )
@@ -52,7 +55,7 @@ def a_job(workspace: Workspace, model: str, max_failures: int, **changes: Any) -
 def test_two_workers_of_which_one_is_killed_tune_as_one_does(
     ray_local: None, workspace: Workspace, model: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    job = a_job(workspace, model, num_workers=2, max_failures=2, checkpoint_steps=1)
+    spec = tuning_spec(workspace, model, num_workers=2, max_failures=2, checkpoint_steps=1)
     killed: list[int] = []
 
     def kill() -> None:
@@ -67,28 +70,28 @@ def test_two_workers_of_which_one_is_killed_tune_as_one_does(
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    told: list[int] = []
-    adapter = tune_adapter(workspace, job, told.append)
+    reported: list[int] = []
+    adapter = tune_adapter(workspace, spec, reported.append)
     killer.join(5)
     assert killed
     assert 3 <= killed[0] < 24
     alone = tune(
-        load_model(model, None, job.settings), toy_examples(model, 48), toy_examples(model, 20, 1), job.settings
+        load_model(model, None, spec.settings), toy_examples(model, 48), toy_examples(model, 20, 1), spec.settings
     )
-    found, expected = adapter.manifest.progress, alone.progress
-    assert found.step == expected.step == sum(told) == 24
-    assert found.losses == pytest.approx(expected.losses, abs=2e-3)
-    assert found.best_step == expected.best_step
+    tuned_progress, expected = adapter.manifest.progress, alone.progress
+    assert tuned_progress.step == expected.step == sum(reported) == 24
+    assert tuned_progress.losses == pytest.approx(expected.losses, abs=2e-3)
+    assert tuned_progress.best_step == expected.best_step
     assert adapter.manifest.model == model_identity(model)
 
     assert sorted(workspace.names("ranking/abc")) == ["adapter", "ray", "train.parquet", "valid.parquet"]
     assert workspace.names("ranking/abc/ray") == []
     before = workspace.read_bytes("ranking/abc/adapter/adapter_model.safetensors")
-    assert tune_adapter(workspace, job, told.append) == adapter  # tuned already: no worker starts
+    assert tune_adapter(workspace, spec, reported.append) == adapter  # tuned already: no worker starts
     assert workspace.read_bytes("ranking/abc/adapter/adapter_model.safetensors") == before
     assert capfd.readouterr().err == ""
 
 
 def test_a_workers_complaint_arrives_as_it_was_raised(ray_local: None, workspace: Workspace, model: str) -> None:
-    with pytest.raises(RecipeError, match=r"has \d+ tokens, but 20 are allowed"):
-        tune_adapter(workspace, a_job(workspace, model, max_tokens=20, max_failures=0), print)
+    with pytest.raises(RecipeError, match=r"has \d+ tokens.* 20 are allowed"):
+        tune_adapter(workspace, tuning_spec(workspace, model, max_tokens=20, max_failures=0), print)

@@ -41,8 +41,8 @@ def test_pairs_are_the_train_samples_and_their_past(workspace: Workspace) -> Non
     )
     pairs = asked_pairs(workspace, 0, DistillationConfig(), SplitConfig(), ITEMS)
     assert pairs.schema == schema.SAMPLES
-    told = [(r["user_id"], r["item_id"], r["timestamp"], r["history"], r["label"]) for r in pairs.to_pylist()]
-    assert told == [(1, 10, 100, [2, 4], 0.0), (1, 12, 200, [2, 4, 10], 0.0)]  # whatever the labels were
+    quoted = [(r["user_id"], r["item_id"], r["timestamp"], r["history"], r["label"]) for r in pairs.to_pylist()]
+    assert quoted == [(1, 10, 100, [2, 4], 0.0), (1, 12, 200, [2, 4, 10], 0.0)]  # whatever the labels were
 
 
 def test_as_many_are_asked_about_as_the_recipe_says(workspace: Workspace) -> None:
@@ -106,23 +106,26 @@ def test_a_user_who_met_every_item_has_no_pair_without_a_label(workspace: Worksp
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_in_a_split_by_item_no_pair_is_of_an_item_of_valid_or_test(workspace: Workspace, seed: int) -> None:
+def test_in_a_split_by_item_no_pair_is_of_an_item_of_valid_or_test(
+    workspace: Workspace, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where a drawn sample of label 0 in train is of such an item."""
-    split = SplitConfig(method="item", seed=seed)
+    monkeypatch.setattr("owlrec.sources.splits.SPLIT_SEED", seed)
+    split = SplitConfig(method="item")
     values = id_values(ITEMS, split)
-    of_train = set(ITEMS[values < np.sort(values)[15]].tolist())
-    cold = next(item for item in ITEMS.tolist() if item not in of_train)
+    train_items = set(ITEMS[values < np.sort(values)[15]].tolist())
+    cold = next(item for item in ITEMS.tolist() if item not in train_items)
     rows = []
     for user in range(20):
         for time, item in enumerate(np.random.default_rng([seed, user]).permutation(ITEMS)[:6].tolist()):
-            rows.append((user, item, 1.0, time, list[int](), "train" if item in of_train else "test"))
+            rows.append((user, item, 1.0, time, list[int](), "train" if item in train_items else "test"))
         rows.append((user, cold, 0.0, 9, list[int](), "train"))
     prepare(workspace, rows)
     pairs = asked_pairs(workspace, 0, DistillationConfig(unlabeled=5), split, ITEMS).to_pylist()
     labeled = {(user, item, time) for user, item, _, time, *_ in rows}
     drawn = [row["item_id"] for row in pairs if (row["user_id"], row["item_id"], row["timestamp"]) not in labeled]
     assert len(drawn) > 40
-    assert set(drawn) <= of_train
+    assert set(drawn) <= train_items
 
 
 def test_tables_that_are_not_prepared_are_named(workspace: Workspace) -> None:

@@ -12,10 +12,9 @@ from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
 
 from owlrec.errors import EngineError
 from owlrec.generation import VllmEngineConfig
-from owlrec.generation.engine import EmptyPrompt, PromptTooLong
-from owlrec.generation.models import load_tokenizer, render_chat
-from owlrec.prompting.ranking import RankPromptConfig, rank_prompt
-from owlrec.ranking.scorer import Question, Scorer, Scores, scoring_engine
+from owlrec.generation.engines import EmptyPrompt, PromptTooLong, load_tokenizer, render_chat
+from owlrec.prompting.frameworks import RankPromptConfig, rank_prompt
+from owlrec.ranking.scorer import LlmScorer, Question, Scores, scoring_engine
 from owlrec.scenario import get_scenario
 
 pytestmark = pytest.mark.vllm
@@ -61,13 +60,13 @@ def reference(model: str, asked: list[Question], adapter: str | None = None) -> 
     assert len(yes) == len(no) == 4
     net: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     net = PeftModel.from_pretrained(net, adapter) if adapter else net
-    found = []
+    scores = []
     with torch.no_grad():
         for system, text in asked:
             ids = torch.tensor([render_chat(tokenizer, system, text)])
             logits = net(ids).logits[0, -1].double()
-            found.append(torch.sigmoid(logits[yes].logsumexp(0) - logits[no].logsumexp(0)).item())
-    return np.array(found)
+            scores.append(torch.sigmoid(logits[yes].logsumexp(0) - logits[no].logsumexp(0)).item())
+    return np.array(scores)
 
 
 @pytest.fixture(scope="module")
@@ -77,48 +76,48 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def scorer(model: str) -> Iterator[Scorer]:
+def scorer(model: str) -> Iterator[LlmScorer]:
     config = VllmEngineConfig(type="vllm", model=model, dtype="float32", max_model_len=512, threads=1, kv_cache_gib=1)
-    scorer = Scorer(config, lora_rank=4)
+    scorer = LlmScorer(config, lora_rank=4)
     yield scorer
     scorer.close()
 
 
-def score(scorer: Scorer, asked: list[Question], adapter: str | None = None) -> Scores:
+def score(scorer: LlmScorer, asked: list[Question], adapter: str | None = None) -> Scores:
     return asyncio.run(scorer.score(asked, adapter))
 
 
-def test_scores_are_those_of_transformers(model: str, scorer: Scorer) -> None:
+def test_scores_are_those_of_transformers(model: str, scorer: LlmScorer) -> None:
     asked = questions(200)
-    found, expected = score(scorer, asked).probabilities, reference(model, asked)
+    scores, expected = score(scorer, asked).probabilities, reference(model, asked)
     assert expected.std() > 0.05
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
-def test_an_adapter_scores_as_in_peft(model: str, scorer: Scorer, tmp_path: Path) -> None:
+def test_an_adapter_scores_as_in_peft(model: str, scorer: LlmScorer, tmp_path: Path) -> None:
     asked = questions(200)
     plain = score(scorer, asked).probabilities
     orders = []
     for seed in (1, 2):
         adapter = write_adapter(model, tmp_path / f"adapter-{seed}", seed)
-        found, expected = score(scorer, asked, adapter).probabilities, reference(model, asked, adapter)
-        np.testing.assert_allclose(found, expected, atol=1e-3)
+        scores, expected = score(scorer, asked, adapter).probabilities, reference(model, asked, adapter)
+        np.testing.assert_allclose(scores, expected, atol=1e-3)
         pairs = np.triu_indices(len(asked), 1)
-        same = np.sign(np.subtract.outer(found, found)) == np.sign(np.subtract.outer(expected, expected))
+        same = np.sign(np.subtract.outer(scores, scores)) == np.sign(np.subtract.outer(expected, expected))
         assert same[pairs].mean() >= 0.99
-        orders.append(np.argsort(found).tolist())
+        orders.append(np.argsort(scores).tolist())
     assert orders[0] != orders[1] != np.argsort(plain).tolist()
     np.testing.assert_array_equal(score(scorer, asked).probabilities, plain)  # without an adapter again
 
 
-def test_an_answer_far_from_likely_is_not_taken_for_impossible(scorer: Scorer) -> None:
+def test_an_answer_far_from_likely_is_not_taken_for_impossible(scorer: LlmScorer) -> None:
     """Yes and No of a random model rank anywhere among 600 tokens: none of a top 20 would hold all eight."""
     asked = questions(30)
-    found = score(scorer, asked).probabilities
-    assert ((found > 0.001) & (found < 0.999)).all()
+    scores = score(scorer, asked).probabilities
+    assert ((scores > 0.001) & (scores < 0.999)).all()
 
 
-def test_rows_with_and_without_an_adapter_share_an_engine(scorer: Scorer, model: str, tmp_path: Path) -> None:
+def test_rows_with_and_without_an_adapter_share_an_engine(scorer: LlmScorer, model: str, tmp_path: Path) -> None:
     adapter, asked = write_adapter(model, tmp_path / "adapter", 3), questions(20)
 
     async def both() -> tuple[Scores, Scores]:
@@ -130,26 +129,26 @@ def test_rows_with_and_without_an_adapter_share_an_engine(scorer: Scorer, model:
     np.testing.assert_allclose(tuned.probabilities, reference(model, asked, adapter), atol=1e-3)
 
 
-def test_what_a_users_candidates_share_is_read_once(model: str, scorer: Scorer) -> None:
+def test_what_a_users_candidates_share_is_read_once(model: str, scorer: LlmScorer) -> None:
     watched = [TITLES[i % len(TITLES)] for i in range(30)]
     asked = [question(f"{title} {i}", watched) for i, title in enumerate(TITLES)]
-    found = score(scorer, asked)
+    scores = score(scorer, asked)
     # Some are scheduled in the very step that computes what they share.
-    np.testing.assert_allclose(found.probabilities, reference(model, asked), atol=1e-4)
-    fresh = found.prompt_tokens - found.cached_tokens
-    longest = found.prompt_tokens / len(asked)
+    np.testing.assert_allclose(scores.probabilities, reference(model, asked), atol=1e-4)
+    fresh = scores.prompt_tokens - scores.cached_tokens
+    longest = scores.prompt_tokens / len(asked)
     assert fresh < longest + len(asked) * (BLOCK + 40)  # one whole prompt, and of each other its end
-    assert found.cached_tokens > 0.6 * found.prompt_tokens
+    assert scores.cached_tokens > 0.6 * scores.prompt_tokens
 
 
-def test_what_is_wrong_with_one_question_fails_it_alone(scorer: Scorer) -> None:
+def test_what_is_wrong_with_one_question_fails_it_alone(scorer: LlmScorer) -> None:
     long = question("Red River", [f"Title number {i} of many" for i in range(60)])
     asked = [question("", ["Red Star"]), *questions(3), long]
     seen: list[int] = []
-    found = asyncio.run(scorer.score(asked, on_scored=seen.append))
-    assert {place: type(error) for place, error in found.failures.items()} == {0: EmptyPrompt, 4: PromptTooLong}
-    assert np.isnan(found.probabilities).tolist() == [True, False, False, False, True]
-    np.testing.assert_array_equal(found.probabilities[1:4], score(scorer, asked[1:4]).probabilities)
+    scores = asyncio.run(scorer.score(asked, on_scored=seen.append))
+    assert {place: type(error) for place, error in scores.failures.items()} == {0: EmptyPrompt, 4: PromptTooLong}
+    assert np.isnan(scores.probabilities).tolist() == [True, False, False, False, True]
+    np.testing.assert_array_equal(scores.probabilities[1:4], score(scorer, asked[1:4]).probabilities)
     assert seen == [1] * 5
     assert len(score(scorer, []).probabilities) == 0
 
@@ -157,7 +156,7 @@ def test_what_is_wrong_with_one_question_fails_it_alone(scorer: Scorer) -> None:
 def test_models_that_cannot_be_asked_are_refused_before_they_are_loaded(tmp_path: Path) -> None:
     folder = write_tiny_ranker(tmp_path, ["text"], template=None)
     with pytest.raises(EngineError, match="no chat template"):
-        Scorer(VllmEngineConfig(type="vllm", model=folder))
+        LlmScorer(VllmEngineConfig(type="vllm", model=folder))
 
 
 def test_a_recipes_own_engine_arguments_stand() -> None:

@@ -11,21 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from owlrec.ctr.experiment import SoftLabels, read_grid_scores, trials
-from owlrec.decoding import DecodingConfig
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.generation import ENGINES
-from owlrec.generation.engine import Completion, Engine, EngineConfig, EngineStopped, RequestRefused, SamplingConfig
-from owlrec.ranking.experiment import JudgingConfig
-from owlrec.ranking.questions import Teacher
+from owlrec.generation.engines import Completion, Engine, EngineConfig, EngineStopped, RequestRefused, SamplingConfig
+from owlrec.ranking.question_sets import Teacher
+from owlrec.ranking.samples import TuningConfig
 from owlrec.recipe import Recipe
-from owlrec.reshard import reshard
 from owlrec.runner import WorkerLost
-from owlrec.runs.batch import prepare
-from owlrec.runs.ctr import soft_labels, train_ctr
-from owlrec.runs.ranker import score_pairs
+from owlrec.runs.models import score_pairs, soft_labels, train_ctr
+from owlrec.runs.stages import prepare
+from owlrec.runs.upkeep import double_shards
 from owlrec.schema import DEAD_LETTERS, SOFT_LABELS
 from owlrec.shards import finished_stage, needed_stage
 from owlrec.workspace import Workspace
+from owlrec_decoding import DecodingConfig
 
 USERS, ITEMS = 60, 20
 asked: list[str] = []  # all questions since the test began
@@ -101,7 +100,7 @@ def recipe_for(folder: Path, workspace: Workspace, **changes: Any) -> Recipe:
     source = {"type": "table", "items": f"{folder}/items.parquet", "interactions": f"{folder}/log.parquet"}
     values: dict[str, Any] = {"name": "t", "scenario": "movies", "workspace": workspace.root, "source": source}
     values |= {"engine": {"type": "oracle"}, "encoder": {"model": "hashing"}, "shard_rows": 32}
-    values |= {"ranking": {"data": {"behaviours": 3}}, "generate": {"max_dead_share": 0.5}}
+    values |= {"ranking": {"data": {"behaviors": 3}}, "generate": {"max_dead_share": 0.5}}
     values["ctr"] = {"distillation": {"unlabeled": 4}}
     return Recipe.model_validate({**values, **changes})
 
@@ -162,8 +161,8 @@ def test_a_question_quotes_what_was_taken_strictly_before_its_pair(shop: Recipe,
         # Some pair of this item explains the question: all that it quotes was taken, and earlier.
         assert any(
             all(past[user].get(f"Film {q}", (time, 0))[0] < time and past[user][f"Film {q}"][1] == 1 for q in quoted)
-            for user, of, time in pairs
-            if of == item
+            for user, candidate, time in pairs
+            if candidate == item
         )
 
 
@@ -178,9 +177,7 @@ def test_what_was_answered_is_not_asked_again(shop: Recipe, workspace: Workspace
     assert 0 < len(asked) - n == card.counts["asked"] <= card.counts["pairs"] - first.counts["pairs"]
     assert card.fingerprint != first.fingerprint
     # Another wording: all of them, in a folder of their own.
-    other = recipe_for(
-        tmp_path / "shop", workspace, ranking={"data": {"behaviours": 3}, "prompt": {"retrieved_for": "candidate"}}
-    )
+    other = recipe_for(tmp_path / "shop", workspace, ranking={"data": {"behaviors": 3}, "retrieved_for": "candidate"})
     n = len(asked)
     assert score_pairs(other, workspace).outputs != first.outputs
     assert len(asked) - n == first.counts["pairs"]
@@ -226,7 +223,7 @@ def test_retrieved_behaviors_are_those_of_the_ranker(tmp_path: Path, workspace: 
     assert all("most like the movies in question" in question for question in asked if "1. " in question)
     assert any("1. " in question for question in asked)
     asked.clear()
-    recent = {"data": {"behaviours": 3, "shown": ["recent"]}}
+    recent = {"data": {"behaviors": 3, "shown": ["recent"]}}
     score_pairs(recipe_for(tmp_path / "shop", workspace, ranking=recent), workspace)
     assert not any("most like" in question for question in asked)
 
@@ -277,7 +274,7 @@ def test_reshard_splits_soft_labels_and_asks_nothing(shop: Recipe, workspace: Wo
     score_pairs(shop, workspace)
     before = sorted((r["user_id"], r["item_id"], r["timestamp"], r["p"]) for r in rows_of(workspace))
     n = len(asked)
-    reshard(workspace, ["user"])
+    double_shards(workspace, ["user"])
     assert sorted((r["user_id"], r["item_id"], r["timestamp"], r["p"]) for r in rows_of(workspace)) == before
     score_pairs(shop, workspace)
     assert len(asked) == n
@@ -303,7 +300,7 @@ def test_an_engine_that_tells_no_probabilities_is_named(
     shop: Recipe, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(Oracle, "first_tokens")
-    with pytest.raises(EngineError, match="Oracle does not tell"):
+    with pytest.raises(EngineError, match="Oracle does not return"):
         score_pairs(shop, workspace)
 
 
@@ -316,12 +313,12 @@ def test_the_folder_names_all_that_answers_depend_on(shop: Recipe) -> None:
 
     assert folder() == usual.folder
     ranking = shop.ranking
-    assert folder(config=ranking.model_copy(update={"judging": JudgingConfig(test_samples=7)})) == usual.folder
+    assert folder(config=ranking.model_copy(update={"tuning": TuningConfig(epochs=7)})) == usual.folder
     for change in (
         {"adapter_sha256": "a"},
         {"engine": ENGINES.load("echo").model_validate({"type": "echo"})},
-        {"config": ranking.model_copy(update={"data": ranking.data.model_copy(update={"behaviours": 4})})},
-        {"scenario": shop.domain.model_copy(update={"item": "picture"})},
+        {"config": ranking.model_copy(update={"data": ranking.data.model_copy(update={"behaviors": 4})})},
+        {"scenario": shop.domain.model_copy(update={"nouns": ("picture", "pictures")})},
     ):
         assert folder(**change) != usual.folder
     assert SOFT_LABELS.names == ["user_id", "item_id", "timestamp", "p"]

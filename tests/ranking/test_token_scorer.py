@@ -8,7 +8,7 @@ import pytest
 
 from owlrec.errors import EngineError
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.engine import RequestFailed
+from owlrec.generation.engines import RequestFailed
 from owlrec.ranking.scorer import Scores, TokenScorer, open_scorer
 
 ECHO = EchoEngineConfig(type="echo")
@@ -19,44 +19,44 @@ def score(answers: dict[str, list[tuple[str, float]] | RequestFailed], adapter: 
     scorer = TokenScorer(ECHO)
 
     async def first_tokens(system: str, prompt: str) -> list[tuple[str, float]]:
-        found = answers[prompt]
-        if isinstance(found, RequestFailed):
-            raise found
-        return found
+        scored = answers[prompt]
+        if isinstance(scored, RequestFailed):
+            raise scored
+        return scored
 
     scorer.engine.first_tokens = first_tokens  # type: ignore[method-assign]
     return asyncio.run(scorer.score([("s", text) for text in answers], adapter))
 
 
 def test_all_forms_of_both_words_are_summed_and_other_tokens_left_out() -> None:
-    told = [("Yes", 0.3), (" yes", 0.1), ("The", 0.3), ("NO", 0.15), ("No", 0.05), ("Nothing", 0.05), ("not", 0.05)]
-    found = score({"q": [(token, math.log(p)) for token, p in told]})
-    assert found.probabilities[0] == pytest.approx(0.4 / 0.6)
+    logprobs = [("Yes", 0.3), (" yes", 0.1), ("The", 0.3), ("NO", 0.15), ("No", 0.05), ("Nothing", 0.05), ("not", 0.05)]
+    scored = score({"q": [(token, math.log(p)) for token, p in logprobs]})
+    assert scored.probabilities[0] == pytest.approx(0.4 / 0.6)
 
 
 def test_a_word_that_is_not_told_is_as_likely_as_the_least_likely_one_that_is() -> None:
     only_yes = [("Yes", math.log(0.9)), ("Sure", math.log(0.05)), ("Well", math.log(0.01))]
     only_no = [("No", math.log(0.9)), ("Well", math.log(0.01))]
-    found = score({"a": only_yes, "b": only_no})
-    np.testing.assert_allclose(found.probabilities, [0.9 / 0.91, 0.01 / 0.91])
+    scored = score({"a": only_yes, "b": only_no})
+    np.testing.assert_allclose(scored.probabilities, [0.9 / 0.91, 0.01 / 0.91])
 
 
 def test_a_question_without_an_answer_fails_alone() -> None:
-    told = [("Yes", math.log(0.5)), ("No", math.log(0.5))]
-    found = score({"a": [("Maybe", -0.1)], "b": told, "": told, "c": RequestFailed("down", 3)})
-    assert {place: error.name for place, error in found.failures.items()} == {
+    logprobs = [("Yes", math.log(0.5)), ("No", math.log(0.5))]
+    scored = score({"a": [("Maybe", -0.1)], "b": logprobs, "": logprobs, "c": RequestFailed("down", 3)})
+    assert {place: error.name for place, error in scored.failures.items()} == {
         0: "NoAnswer",
         2: "EmptyPrompt",
         3: "RequestFailed",
     }
-    assert found.probabilities[1] == pytest.approx(0.5)
-    assert np.isnan(found.probabilities[[0, 2, 3]]).all()
+    assert scored.probabilities[1] == pytest.approx(0.5)
+    assert np.isnan(scored.probabilities[[0, 2, 3]]).all()
 
 
 def test_an_adapter_needs_vllm() -> None:
     with pytest.raises(ExceptionGroup) as group:
         score({"a": []}, adapter="/adapters/x")
-    assert group.group_contains(EngineError, match="takes no adapter")
+    assert group.group_contains(EngineError, match="adapters")
 
 
 def test_the_echo_engine_answers_by_the_question_alone_and_evenly() -> None:

@@ -14,11 +14,11 @@ from owlrec import schema
 from owlrec.ctr.experiment import SoftLabels
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.evaluation import auc, load_calibration
-from owlrec.ranking.experiment import RankerRun, TuningConfig, TuningSettings
-from owlrec.ranking.judging import read_results
+from owlrec.ranking.question_sets import read_results
+from owlrec.ranking.samples import RankerRun, TuningConfig, TuningSettings
 from owlrec.recipe import Recipe
-from owlrec.runs.ranker import score_pairs
-from owlrec.runs.ranker import tune_ranker as run
+from owlrec.runs.models import score_pairs
+from owlrec.runs.models import tune_ranker as run
 from owlrec.shards import finish_stage, finished_stage
 from owlrec.workspace import Workspace
 
@@ -39,8 +39,8 @@ def prepare(workspace: Workspace) -> None:
             history = rng.integers(2 * len(NOUNS), len(titles), 6).tolist()
             ratings = rng.integers(1, 6, 6).astype(float).tolist()
             row = {"user_id": user, "item_id": item, "label": float(item < len(NOUNS)), "timestamp": moment}
-            told = {"history_ratings": ratings, "history_labels": [1.0] * 6}
-            rows.append({**row, "history": history, **told, "split": split})
+            outcomes = {"history_ratings": ratings, "history_labels": [1.0] * 6}
+            rows.append({**row, "history": history, **outcomes, "split": split})
     workspace.write_table("users", users, key="user_id", n_shards=2)
     workspace.write_table("items", items, key="item_id", n_shards=2)
     write_samples(workspace, pa.Table.from_pylist(rows, schema=schema.SAMPLES))
@@ -51,21 +51,20 @@ def recipe_for(workspace: Workspace, model: str = "nowhere", **ranking: Any) -> 
     engine = {"type": "vllm", "model": model, "dtype": "float32", "max_model_len": 512, "threads": 1, "kv_cache_gib": 1}
     values: dict[str, Any] = {"name": "t", "scenario": "movies", "workspace": workspace.root, "engine": engine}
     values["ranking"] = {
-        "data": {"shots": 120, "behaviours": 4, "shown": ["recent", "mixed"]},
+        "data": {"shots": 120, "behaviors": 4, "shown": ["recent", "mixed"]},
         "tuning": {"learning_rate": 0.02, "epochs": 4},
-        "judging": {"test_samples": 60},
         **ranking,
     }
     return Recipe.model_validate({**values, "source": {"type": "movielens-100k"}})
 
 
 TUNING = TuningSettings(dtype="float32", learning_rate=0.02, batch_rows=16, epochs=4)
-SETTINGS = RankerRun(tuning=TUNING, judged=("recent", "mixed"), valid_samples=40)
+SETTINGS = RankerRun(tuning=TUNING, ways=("recent", "mixed"), valid_samples=40, test_samples=60)
 
 
 @pytest.mark.ray
 @pytest.mark.vllm
-def test_the_stage_tunes_calibrates_and_judges(
+def test_the_stage_tunes_calibrates_and_evaluates(
     ray_local: None, workspace: Workspace, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare(workspace)
@@ -74,10 +73,10 @@ def test_the_stage_tunes_calibrates_and_judges(
     assert finished_stage(workspace, "tune_ranker") == manifest
     counts = manifest.counts
     assert (counts["train_rows"], counts["valid_rows"], counts["test_rows"]) == (240, 80, 120)
-    judged = {(j["model"], j["shown"]): j for j in workspace.read_json(manifest.outputs["judgements"])}
-    assert list(judged) == [(m, s) for m in ("zero-shot", "tuned") for s in ("recent", "mixed")]
+    evaluations = {(j["model"], j["shown"]): j for j in workspace.read_json(manifest.outputs["evaluations"])}
+    assert list(evaluations) == [(m, s) for m in ("zero-shot", "tuned") for s in ("recent", "mixed")]
     for shown in ("recent", "mixed"):
-        tuned, plain = judged["tuned", shown], judged["zero-shot", shown]
+        tuned, plain = evaluations["tuned", shown], evaluations["zero-shot", shown]
         assert tuned["rows"] == 60
         assert tuned["auc"] > max(0.9, plain["auc"] + 0.1)
         assert tuned["log_loss"] < 0.5
@@ -86,13 +85,15 @@ def test_the_stage_tunes_calibrates_and_judges(
     )
     assert "test split" in capsys.readouterr().out
     results = read_results(workspace)
-    assert {(r.model, r.shots, r.behaviours, r.shown) for r in results} == {
+    assert {(r.model, r.shots, r.behaviors, r.shown) for r in results} == {
         (model, shots, 4, shown) for model, shots in (("zero-shot", 0), ("tuned", 120)) for shown in ("recent", "mixed")
     }
-    assert [r.auc for r in results if r.model == "tuned"] == [judged["tuned", s]["auc"] for s in ("mixed", "recent")]
+    assert [r.auc for r in results if r.model == "tuned"] == [
+        evaluations["tuned", s]["auc"] for s in ("mixed", "recent")
+    ]
 
     assert run(recipe, workspace, SETTINGS) == manifest
-    assert "done already" in capsys.readouterr().out
+    assert "already done" in capsys.readouterr().out
 
     # What CTR models learn from is the tuned model's answer, calibrated, about pairs that it was not tuned on, too.
     ctr = {"distillation": {"unlabeled": 2}}
@@ -121,7 +122,7 @@ def test_what_the_stage_lacks_is_named(workspace: Workspace) -> None:
     with pytest.raises(RecipeError, match=r"Add `ranking: \{\}`"):
         run(recipe_for(workspace).model_copy(update={"ranking": None}), workspace)
     echo = Recipe.model_validate({**recipe_for(workspace).model_dump(exclude={"engine"}), "engine": {"type": "echo"}})
-    with pytest.raises(RecipeError, match="engine is echo, but vLLM must rank"):
+    with pytest.raises(RecipeError, match="engine is echo, but ranking needs vLLM"):
         run(echo, workspace)
 
 
@@ -131,12 +132,12 @@ def test_a_model_that_cannot_be_asked_is_named_by_the_scoring_actor(ray_local: N
     from owlrec.ranking.lora import score_questions
 
     engine = VllmEngineConfig(type="vllm", model=write_tiny_ranker(tmp_path, ["text"], template=None), threads=1)
-    with pytest.raises(EngineError, match="no chat template") as found:
+    with pytest.raises(EngineError, match="no chat template") as raised:
         score_questions(engine, [("s", "t")], {"zero-shot": None}, log_path=str(tmp_path / "log"))
-    assert "ray" not in str(found.value)
+    assert "ray" not in str(raised.value)
 
 
-def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_judged() -> None:
+def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_evaluated() -> None:
     def decided(run: RankerRun = SETTINGS, **ranking: Any) -> dict[str, Any]:
         section = recipe_for(Workspace("/tmp"), **ranking).ranking
         assert section is not None
@@ -146,9 +147,9 @@ def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_judged()
         return decided(replace(SETTINGS, tuning=replace(TUNING, **changes)))
 
     usual = decided()
-    for same in ({"num_workers": 4}, {"use_gpu": True}, {"checkpoint_steps": 3}, {"micro_tokens": 9}):
+    for same in ({"use_gpu": True}, {"checkpoint_steps": 3}, {"micro_tokens": 9}):
         assert tuned(**same) == usual
-    assert decided(judging={"test_samples": 7}) == usual
+    assert decided(replace(SETTINGS, test_samples=7)) == usual
     for other in ({"rank": 4}, {"learning_rate": 1e-4}, {"seed": 1}, {"batch_rows": 8}, {"dtype": "bfloat16"}):
         assert tuned(**other) != usual
     for run_ in (replace(SETTINGS, valid_samples=41), replace(SETTINGS, seed=1)):
@@ -157,6 +158,6 @@ def test_an_adapter_depends_on_what_it_learns_from_and_not_on_how_it_is_judged()
 
 
 def test_a_recipe_sets_some_of_the_tuning() -> None:
-    found = TuningConfig(rank=4, use_gpu=True).settings
-    assert found == TuningSettings(rank=4, use_gpu=True, gradient_checkpointing=True)
-    assert TuningConfig().settings == TuningSettings()
+    settings = TuningConfig(epochs=4).settings(use_gpu=True)
+    assert settings == TuningSettings(epochs=4, use_gpu=True, gradient_checkpointing=True)
+    assert TuningConfig().settings() == TuningSettings()

@@ -15,20 +15,20 @@ from toy_taste import toy_examples, toy_texts  # type: ignore[import-not-found]
 from owlrec.ctr.trainer import ALONE
 from owlrec.errors import EngineError, RecipeError, WorkspaceError
 from owlrec.evaluation import auc
-from owlrec.ranking.experiment import TuningSettings
-from owlrec.ranking.tuning import (
+from owlrec.ranking.lora import (
     Checkpoint,
     Examples,
-    Progress,
     Schedule,
     Tuned,
+    TuningProgress,
     answer_logits,
     load_model,
     micro_batches,
     score,
-    tokenise,
+    tokenize,
     tune,
 )
+from owlrec.ranking.samples import TuningSettings
 
 FAST: dict[str, Any] = {"dtype": "float32", "learning_rate": 0.02, "batch_rows": 16, "micro_tokens": 1024, "epochs": 3}
 
@@ -64,8 +64,8 @@ def test_rows_computed_together_score_as_each_alone(model: str) -> None:
         together = answer_logits(net, examples.prompts, "cpu")
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
     yes, no = examples.answers.yes[0], examples.answers.no[0]
-    found = score(net, examples, 512, ALONE)
-    np.testing.assert_allclose(found, torch.sigmoid(alone[:, yes] - alone[:, no]).numpy(), atol=1e-4)
+    scores = score(net, examples, 512, ALONE)
+    np.testing.assert_allclose(scores, torch.sigmoid(alone[:, yes] - alone[:, no]).numpy(), atol=1e-4)
 
 
 def test_the_loss_is_that_of_the_answers_token_alone(model: str) -> None:
@@ -77,8 +77,8 @@ def test_the_loss_is_that_of_the_answers_token_alone(model: str) -> None:
         for prompt, target in zip(examples.prompts, examples.targets, strict=True):
             logits = net(torch.tensor(prompt[None], dtype=torch.int64)).logits[0, -1]
             losses.append(-logits.log_softmax(0)[target].item())
-    found = tuned(model, examples, toy_examples(model, 20, 1), config)
-    assert found.progress.losses[0] == pytest.approx(np.mean(losses), abs=1e-4)
+    result = tuned(model, examples, toy_examples(model, 20, 1), config)
+    assert result.progress.losses[0] == pytest.approx(np.mean(losses), abs=1e-4)
 
 
 def test_tuning_learns_the_taste_and_leaves_the_model_alone(model: str) -> None:
@@ -87,18 +87,18 @@ def test_tuning_learns_the_taste_and_leaves_the_model_alone(model: str) -> None:
     before = {name: weight.clone() for name, weight in net.state_dict().items()}
     valid = toy_examples(model, 60, 1)
     assert auc(valid.labels, score(net, valid, 4096, ALONE)) < 0.8
-    found = tune(net, toy_examples(model, 160), valid, config)
-    assert found.progress.best_auc > 0.95
-    assert found.progress.losses[-1] < 0.5 * found.progress.losses[0]
+    result = tune(net, toy_examples(model, 160), valid, config)
+    assert result.progress.best_auc > 0.95
+    assert result.progress.losses[-1] < 0.5 * result.progress.losses[0]
     after = {name.replace(".base_layer", ""): weight for name, weight in net.state_dict().items()}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert set(found.weights) == {
-        f"base_model.model.model.layers.{layer}.self_attn.{target}.lora_{side}.weight"
+    assert set(result.weights) == {
+        f"base_model.model.model.layers.{layer}.self_attn.{target}.lora_{matrix}.weight"
         for layer in range(2)
         for target in ("q_proj", "v_proj")
-        for side in "AB"
+        for matrix in "AB"
     }
-    assert (found.settings["r"], found.settings["lora_alpha"], found.settings["peft_type"]) == (8, 16, "LORA")
+    assert (result.settings["r"], result.settings["lora_alpha"], result.settings["peft_type"]) == (8, 16, "LORA")
 
 
 def test_gradients_of_micro_batches_add_up(model: str) -> None:
@@ -138,12 +138,12 @@ def test_it_stops_when_valid_no_longer_improves_and_returns_the_best(model: str)
     train, valid = toy_examples(model, 64), toy_examples(model, 40, 1, flipped=True)  # each step makes valid worse
     config = TuningSettings(**FAST | {"epochs": 9, "evaluations_per_epoch": 4, "patience": 3, "checkpoint_steps": 1})
     kept: list[Checkpoint] = []
-    found = tuned(model, train, valid, config, keep=lambda c: kept.append(Checkpoint.from_bytes(c.to_bytes())))
-    aucs = dict(found.progress.valid_aucs)
-    assert found.progress.step == found.progress.best_step + 3 < 36
-    assert aucs[found.progress.best_step] == max(aucs.values()) == found.progress.best_auc
-    best = {n.replace(".default", ""): w for n, w in kept[found.progress.best_step - 1].weights.items()}
-    assert all(torch.equal(found.weights[name], weight) for name, weight in best.items())
+    result = tuned(model, train, valid, config, keep=lambda c: kept.append(Checkpoint.from_bytes(c.to_bytes())))
+    aucs = dict(result.progress.valid_aucs)
+    assert result.progress.step == result.progress.best_step + 3 < 36
+    assert aucs[result.progress.best_step] == max(aucs.values()) == result.progress.best_auc
+    best = {n.replace(".default", ""): w for n, w in kept[result.progress.best_step - 1].weights.items()}
+    assert all(torch.equal(result.weights[name], weight) for name, weight in best.items())
 
 
 def test_dropout_differs_by_step_and_seed(model: str) -> None:
@@ -160,9 +160,9 @@ def test_what_cannot_be_tuned_is_refused(model: str, tmp_path: Any) -> None:
     with pytest.raises(RecipeError, match=r"ranking\.engine: .*nowhere"):
         tuned(model, train, valid, TuningSettings(**FAST, target_modules=("nowhere",)))
     yes_only = Examples(valid.prompts, np.ones(len(valid), dtype=bool), valid.answers)
-    with pytest.raises(RecipeError, match="20 of 20 valid rows are answered Yes"):
+    with pytest.raises(RecipeError, match="20 of 20 valid rows have the label Yes"):
         tuned(model, train, yes_only, config)
-    with pytest.raises(RecipeError, match="no row is left"):
+    with pytest.raises(RecipeError, match="tuning: no rows"):
         tuned(model, Examples([], np.zeros(0, dtype=bool), train.answers), valid, config)
     damaged = load_model(model, None, config)
     with torch.no_grad():
@@ -176,25 +176,25 @@ def test_what_cannot_be_tuned_is_refused(model: str, tmp_path: Any) -> None:
 def test_a_prompt_too_long_is_named(model: str) -> None:
     from toy_taste import toy_rows  # type: ignore[import-not-found]
 
-    from owlrec.generation.models import load_tokenizer
+    from owlrec.generation.engines import load_tokenizer
 
-    with pytest.raises(RecipeError, match=r"prompt of user 0 and item 0 has \d+ tokens, but 20 are allowed"):
-        tokenise(toy_rows(3), load_tokenizer(model), max_tokens=20)
+    with pytest.raises(RecipeError, match=r"prompt of user 0 and item 0 has \d+ tokens.* 20 are allowed"):
+        tokenize(toy_rows(3), load_tokenizer(model), max_tokens=20)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 300), st.integers(1, 5))
 def test_micro_batches_hold_each_row_once_within_the_budget(lengths: list[int], budget: int, workers: int) -> None:
-    of = np.array(lengths)
-    batches = micro_batches(of, budget, workers)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(len(of)))
-    assert all(len(batch) == 1 or len(batch) * of[batch].max() <= budget for batch in batches)
-    assert len(batches) >= min(workers, len(of))
-    longest = [of[batch].max() for batch in batches]
+    sizes = np.array(lengths)
+    batches = micro_batches(sizes, budget, workers)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(sizes)))
+    assert all(len(batch) == 1 or len(batch) * sizes[batch].max() <= budget for batch in batches)
+    assert len(batches) >= min(workers, len(sizes))
+    longest = [sizes[batch].max() for batch in batches]
     assert longest == sorted(longest, reverse=True)
 
 
 @given(st.integers(1, 70), st.integers(1, 20), st.integers(1, 4), st.integers(1, 3))
-def test_a_schedule_takes_each_row_once_an_epoch_and_ends_with_an_evaluation(
+def test_a_schedule_takes_each_row_once_per_epoch_and_ends_with_an_evaluation(
     n: int, batch: int, epochs: int, evaluations: int
 ) -> None:
     schedule = Schedule(n, TuningSettings(batch_rows=batch, epochs=epochs, evaluations_per_epoch=evaluations))
@@ -220,12 +220,12 @@ def test_damaged_and_foreign_checkpoints_are_refused(model: str) -> None:
     for bad in (good[:-9], good[: len(good) // 2], b"", b"not a checkpoint", good.replace(b'"1"', b'"9"')):
         with pytest.raises(WorkspaceError, match="checkpoint is damaged"):
             Checkpoint.from_bytes(bad)
-    with pytest.raises(WorkspaceError, match="of another adapter"):
+    with pytest.raises(WorkspaceError, match="another adapter"):
         tuned(model, train, valid, TuningSettings(**FAST, rank=4), resume=Checkpoint.from_bytes(good))
 
 
 def test_progress_counts_stale_evaluations() -> None:
-    progress = Progress().after_step(1.0).after_evaluation(0.6).after_step(0.9).after_evaluation(0.6)
+    progress = TuningProgress().after_step(1.0).after_evaluation(0.6).after_step(0.9).after_evaluation(0.6)
     assert (progress.step, progress.losses, progress.stale) == (2, (1.0, 0.9), 1)  # as good is no better
     assert (progress.best_auc, progress.best_step) == (0.6, 1)
     assert progress.after_evaluation(0.7).stale == 0

@@ -11,23 +11,15 @@ from hypothesis import strategies as st
 from worlds import write_samples
 
 from owlrec.errors import RecipeError, SchemaError
-from owlrec.prompting.ranking import RankPromptConfig
+from owlrec.ids import shard_of
+from owlrec.prompting.frameworks import RankPromptConfig
 from owlrec.ranking import samples as samples_module
-from owlrec.ranking.retrieval import BehaviourRetriever, with_candidates
-from owlrec.ranking.samples import (
-    TUNING_ROWS,
-    Shown,
-    TuningData,
-    ask_about,
-    draw_samples,
-    draw_shots,
-    read_users,
-)
+from owlrec.ranking.behavior_retrieval import BehaviorRetriever, with_candidates
+from owlrec.ranking.samples import TUNING_ROWS, Shown, TuningData, ask_about, draw_samples, draw_shots, read_users
 from owlrec.scenario import get_scenario
-from owlrec.schema import SAMPLES, shard_of
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.schema import SAMPLES
 from owlrec.sources.outcomes import Labels
-from owlrec.sources.splits import SplitConfig, build_samples
+from owlrec.sources.splits import ItemCatalog, SplitConfig, build_samples
 from owlrec.workspace import Workspace
 
 N_ITEMS = 12
@@ -35,7 +27,7 @@ UNTITLED, INVISIBLE = 10, 11
 TITLES = [f"Film {i:02d}" for i in range(10)] + [None, "\u200b"]
 CATALOG = ItemCatalog(pa.table({"item_id": pa.array(range(N_ITEMS), pa.int64()), "title": TITLES}))
 # Even items are alike, and so are odd ones.
-RETRIEVER = BehaviourRetriever(np.arange(N_ITEMS), np.array([[1, 0], [0, 1]] * 6, dtype=np.float32))
+RETRIEVER = BehaviorRetriever(np.arange(N_ITEMS), np.array([[1, 0], [0, 1]] * 6, dtype=np.float32))
 USERS = pa.table({"user_id": pa.array([1, 2], pa.int64()), "gender": ["female", None], "age": pa.array([33, 44])})
 
 
@@ -71,7 +63,7 @@ def asked(
 
 
 def shown(text: str) -> list[tuple[int, str]]:
-    """(item, rating) of the numbered behaviours."""
+    """(item, rating) of the numbered behaviors."""
     return [(int(item), rating) for item, rating in re.findall(r'^\d+\. "Film (\d+)" ?(.*)$', text, re.MULTILINE)]
 
 
@@ -93,7 +85,7 @@ def many(n: int, seed: int = 0) -> pa.Table:
     )
 
 
-def test_a_sample_is_asked_with_recent_then_with_retrieved_behaviours() -> None:
+def test_a_sample_is_asked_with_recent_then_with_retrieved_behaviors() -> None:
     data = built(table(sample()))
     assert data.rows.schema == TUNING_ROWS
     recent, retrieved = data.rows.to_pylist()
@@ -136,7 +128,7 @@ def test_a_mixed_prompt_shows_recent_and_older_ones_like_the_candidate_and_none_
 
 
 @given(st.lists(st.integers(0, N_ITEMS + 1), max_size=9), st.integers(1, 6))
-def test_a_mixed_prompt_has_as_many_behaviours_as_any_other(history: list[int], k: int) -> None:
+def test_a_mixed_prompt_has_as_many_behaviors_as_any_other(history: list[int], k: int) -> None:
     one = table(sample(history=history, history_ratings=None))
     ways: tuple[Shown, ...] = ("recent", "retrieved", "mixed")
     counts = [len(shown(row["text"])) for row in built(one, ways=ways, k=k).rows.to_pylist()]
@@ -194,7 +186,7 @@ def test_shards_are_drawn_from_as_the_whole_table_is(workspace: Workspace, n_sha
         expected = samples.take(pa.array(draw_shots(samples, None, seed, split)[:limit]))
         expected = with_candidates(expected, samples, CATALOG.ids)
         assert draw_samples(workspace, split, limit, seed, CATALOG.ids).to_pylist() == expected.to_pylist()
-    with pytest.raises(RecipeError, match="201 are asked for"):
+    with pytest.raises(RecipeError, match="asks for 201 shots"):
         draw_samples(workspace, "train", 201, 0, CATALOG.ids, exactly=True)
 
 
@@ -227,7 +219,7 @@ def test_only_the_train_split_is_drawn_from() -> None:
     data = built(samples)
     assert data.counts["samples"] == len(train)
     assert {row["timestamp"] for row in data.rows.to_pylist()} <= {row["timestamp"] for row in train}
-    with pytest.raises(RecipeError, match=f"{len(train) + 1} are asked for, but the train split has {len(train)}"):
+    with pytest.raises(RecipeError, match=f"asks for {len(train) + 1} shots, but the train split has {len(train)}"):
         built(samples, shots=len(train) + 1)
 
 
@@ -247,7 +239,7 @@ def test_a_candidate_without_text_is_skipped_and_counted(item: int) -> None:
     assert data.rows["user_id"].to_pylist() == [2, 2]
 
 
-def test_behaviours_without_a_title_leave_their_place_to_others() -> None:
+def test_behaviors_without_a_title_leave_their_place_to_others() -> None:
     history = [4, 1, UNTITLED, 99, 3, INVISIBLE]
     recent, retrieved = built(table(sample(history=history, history_ratings=None)), k=2).rows.to_pylist()
     assert shown(recent["text"]) == [(1, ""), (3, "")]
@@ -268,14 +260,14 @@ def test_a_label_that_is_neither_yes_nor_no_is_refused(label: float | None) -> N
 
 
 def test_ratings_of_another_history_are_refused() -> None:
-    with pytest.raises(SchemaError, match="6 behaviours in history, but 1 in history_ratings"):
+    with pytest.raises(SchemaError, match="6 values in history, but 1 in history_ratings"):
         built(table(sample(history_ratings=[1.0])))
 
 
 def test_nothing_at_or_after_a_samples_own_moment_is_shown_and_order_is_kept() -> None:
     rng = np.random.default_rng(5)
     n, users = 400, 12
-    # Coarse clocks, so that several behaviours share a moment; an item's rating says when it happened.
+    # Coarse clocks, so that several behaviors share a moment; an item's rating says when it happened.
     times = rng.integers(0, 40, n) * 86_400_000 + 10**12
     interactions = pa.table(
         {

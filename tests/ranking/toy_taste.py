@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from owlrec.generation.models import load_tokenizer
-from owlrec.prompting.ranking import NO, YES, RankPromptConfig, rank_prompt
+from owlrec.generation.engines import load_tokenizer
+from owlrec.prompting.frameworks import NO, YES, RankPromptConfig, rank_prompt
+from owlrec.ranking.lora import Examples, tokenize
 from owlrec.ranking.samples import TUNING_ROWS
-from owlrec.ranking.tuning import Examples, tokenise
 from owlrec.scenario import get_scenario
 
 NOUNS = ("River", "Star", "House", "Song", "Garden", "Train", "Letter", "Winter")
@@ -29,7 +29,7 @@ def toy_rows(n: int, seed: int = 0, flipped: bool = False) -> pa.Table:
 
 
 def toy_examples(model: str, n: int, seed: int = 0, flipped: bool = False) -> Examples:
-    return tokenise(toy_rows(n, seed, flipped), load_tokenizer(model), max_tokens=512)
+    return tokenize(toy_rows(n, seed, flipped), load_tokenizer(model), max_tokens=512)
 
 
 def toy_texts() -> list[str]:

@@ -7,17 +7,17 @@ import pytest
 
 from owlrec.errors import EngineError
 from owlrec.generation import EchoEngineConfig, HttpEngineConfig
-from owlrec.generation.engine import SamplingConfig
+from owlrec.generation.engines import SamplingConfig
 from owlrec.generation.job import (
     GenerateConfig,
+    GenerateStage,
     GenerationJob,
     build_job,
     check_dead_share,
     read_knowledge,
     table_inputs,
 )
-from owlrec.generation.worker import GenerateStage
-from owlrec.prompting.rows import PromptConfig
+from owlrec.prompting.prompts import PromptConfig
 from owlrec.runner import Pool, pending_shards, run_stage
 from owlrec.scenario import get_scenario
 from owlrec.shards import Claims

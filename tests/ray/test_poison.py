@@ -5,10 +5,17 @@ import pyarrow as pa
 import pytest
 
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.job import GenerateConfig, build_job, check_dead_share, dead_file, read_knowledge, table_inputs
-from owlrec.generation.worker import GenerateStage
-from owlrec.prompting.rows import PromptConfig
+from owlrec.generation.engines import SamplingConfig
+from owlrec.generation.job import (
+    GenerateConfig,
+    GenerateStage,
+    build_job,
+    check_dead_share,
+    dead_file,
+    read_knowledge,
+    table_inputs,
+)
+from owlrec.prompting.prompts import PromptConfig
 from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
 from owlrec.shards import Artifact, finish_stage

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from owlrec.decoding.controller import DecoderCounters
 from owlrec.shards import Card
+from owlrec_decoding.controller import DecoderCounters
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 NAME = "worker-1"
@@ -32,9 +32,9 @@ def test_shards_of_a_stage_add_up() -> None:
     expected |= {f"counts_total {name}": n for name, n in (("prompt_tokens", 1000.0), ("output_tokens", 180.0))}
     expected["counts_total flag_cut_off"] = 8.0  # what did not happen and what is text is not exported
     expected["shards_in_flight"] = 0.0
-    found = exposed("stage", expected, card, card)
-    assert found.pop("cost_total") == pytest.approx(2 * found.pop("worker_seconds_total"))  # at 7200 an hour
-    assert found == expected
+    metrics = exposed("stage", expected, card, card)
+    assert metrics.pop("cost_total") == pytest.approx(2 * metrics.pop("worker_seconds_total"))  # at 7200 an hour
+    assert metrics == expected
 
 
 def exposed(what: str, expected: dict[str, float], *updates: Any) -> dict[str, float]:
@@ -44,7 +44,7 @@ def exposed(what: str, expected: dict[str, float], *updates: Any) -> dict[str, f
     @ray.remote(num_cpus=0)
     class Runner:
         def count(self, *parts: Any) -> None:
-            from owlrec.generation.worker import DecoderMetrics
+            from owlrec.generation.job import DecoderMetrics
             from owlrec.runner import StageMetrics
 
             if what == "decoder":
@@ -62,17 +62,17 @@ def exposed(what: str, expected: dict[str, float], *updates: Any) -> dict[str, f
     ray.get(runner.count.remote(*updates))
     node = ray.nodes()[0]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    deadline, found = time.monotonic() + 40, dict[str, float]()
-    while not expected.items() <= found.items() and time.monotonic() < deadline:
+    deadline, metrics = time.monotonic() + 40, dict[str, float]()
+    while not expected.items() <= metrics.items() and time.monotonic() < deadline:
         time.sleep(0.5)
-        found = _metrics(what, urllib.request.urlopen(url, timeout=5).read().decode())
-    return found
+        metrics = _metrics(what, urllib.request.urlopen(url, timeout=5).read().decode())
+    return metrics
 
 
 def _metrics(what: str, page: str) -> dict[str, float]:
-    found = {}
+    metrics = {}
     for name, labels, value in re.findall(rf"^ray_owlrec_{what}_(\w+){{(.*)}} (\S+)$", page, re.MULTILINE):
         if f'="{NAME}"' in labels:  # other tests' workers count on the same page
             what_counted = re.search(r'(?:source|count)="(\w+)"', labels)
-            found[f"{name} {what_counted[1]}" if what_counted else name] = float(value)
-    return found
+            metrics[f"{name} {what_counted[1]}" if what_counted else name] = float(value)
+    return metrics

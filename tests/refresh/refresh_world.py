@@ -12,19 +12,17 @@ from unittest import mock
 import numpy as np
 import pyarrow as pa
 
-from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
-from owlrec.encoding.vectors import with_codes
-from owlrec.generation.worker import GenerateStage
-from owlrec.ops.watching import StopSignals
+from owlrec.encoding.compression import Quantizer, SemanticIdConfig, code_vectors, train_quantizer
+from owlrec.encoding.vectors import EncoderConfig, with_codes
+from owlrec.generation.job import GenerateStage
 from owlrec.recipe import Recipe
-from owlrec.refresh import partitions
+from owlrec.refresh import state
 from owlrec.refresh.events import EVENTS
 from owlrec.refresh.plan import Moved
 from owlrec.refresh.state import RefreshPlan, State, read_state
-from owlrec.releases import ReleaseInfo, publish
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.runner import Result, Stage, Work, run_stage
-from owlrec.runs.refresh import Refresh
+from owlrec.runs.upkeep import Refresh, StopSignals
 from owlrec.schema import KNOWLEDGE, vector_matrix, vectors_schema
 from owlrec.shards import Card
 from owlrec.sources.outcomes import Labels, with_outcomes
@@ -86,13 +84,13 @@ def publish_world(
         ),
         knowledge("item", {i: f"Film {i} is slow." for i in items}, dict.fromkeys(items, 0)),
     ]
-    of_users = {u: np.full(DIM, u / 64, dtype=np.float32) for u in users}
-    tables = {"user": vectors("user", of_users), "item": vectors("item", {i: direction(i) for i in items})}
-    quantisers: dict[str, Quantiser] = {}
+    user_vectors = {u: np.full(DIM, u / 64, dtype=np.float32) for u in users}
+    tables = {"user": vectors("user", user_vectors), "item": vectors("item", {i: direction(i) for i in items})}
+    quantizers: dict[str, Quantizer] = {}
     for kind, table in tables.items() if ids else ():
         matrix = vector_matrix(table).astype(np.float32)
-        quantisers[kind] = train_quantiser(matrix, ids)
-        tables[kind] = with_codes(table, code_vectors(quantisers[kind], table["id"].to_numpy(), matrix))
+        quantizers[kind] = train_quantizer(matrix, ids)
+        tables[kind] = with_codes(table, code_vectors(quantizers[kind], table["id"].to_numpy(), matrix))
     info = ReleaseInfo(fingerprint=fingerprint(name), model="echo", encoder="minilm", history_length=history_length)
     behaviors = [last_behaviors(workspace.read_table("interactions"), history_length)] if history_length else []
     return publish(
@@ -100,7 +98,7 @@ def publish_world(
         knowledge=texts,
         vectors=list(tables.values()),
         behaviors=behaviors,
-        quantisers=quantisers or None,
+        quantizers=quantizers or None,
         info=info,
     ).name
 
@@ -153,7 +151,7 @@ class AnsweredRefresh(Refresh):
 
 
 @dataclass
-class Planned:
+class PlannedRefresh:
     """A plan whose users have moved on, and that nobody has asked about yet."""
 
     refresh: AnsweredRefresh
@@ -187,23 +185,23 @@ def recipe_for(workspace: Workspace, history_tokens: int = 256, **config: object
 
 
 def plan_refresh(
-    workspace: Workspace, *, now: int = START + 100 * DAY, drift: float = partitions.FREEZE_DRIFT, **config: Any
-) -> Planned | None:
+    workspace: Workspace, *, now: int = START + 100 * DAY, drift: float = state.FREEZE_DRIFT, **config: Any
+) -> PlannedRefresh | None:
     """Plans the next refresh; None where there is nothing to do. drift: from which on a short term is frozen."""
     refresh = AnsweredRefresh(recipe_for(workspace, **config), workspace, StopSignals())
     base = read_state(workspace)
-    with mock.patch.object(partitions, "FREEZE_DRIFT", drift):
+    with mock.patch.object(state, "FREEZE_DRIFT", drift):
         plan = refresh.planner.read_log(base, now)
-        return plan and Planned(refresh, base, refresh.planner.move_on(plan, base))
+        return plan and PlannedRefresh(refresh, base, refresh.planner.move_on(plan, base))
 
 
-def partition_prompts(workspace: Workspace, planned: Planned) -> list[dict[str, object]]:
+def partition_prompts(workspace: Workspace, planned: PlannedRefresh) -> list[dict[str, object]]:
     """A plan's prompts about users, in their order."""
     folder = planned.state.prompts
     return [row for name in workspace.names(folder) for row in workspace.read_parquet(f"{folder}/{name}").to_pylist()]
 
 
-def prompts_of(workspace: Workspace, planned: Planned) -> dict[int, dict[str, object]]:
+def prompts_of(workspace: Workspace, planned: PlannedRefresh) -> dict[int, dict[str, object]]:
     """The same by user, of whom each has one."""
     rows = partition_prompts(workspace, planned)
     by_user = {row["id"]: row for row in rows}
@@ -211,7 +209,7 @@ def prompts_of(workspace: Workspace, planned: Planned) -> dict[int, dict[str, ob
     return by_user  # type: ignore[return-value]
 
 
-def carry_out(workspace: Workspace, planned: Planned | None, failed: Collection[object] = ()) -> State:
+def carry_out(workspace: Workspace, planned: PlannedRefresh | None, failed: Collection[object] = ()) -> State:
     """What the pipeline does with a plan, with an LLM that answers everything but what is asked about `failed`."""
     assert planned is not None
     planned.refresh.failed = failed

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from refresh_world import START, interactions  # type: ignore[import-not-found]
 
-from owlrec.refresh.events import REFUSED, Events, RefreshConfig, admit, dead_letters, new_refusals, part_future
+from owlrec.refresh.events import REFUSED, Events, RefreshConfig, admit, dead_letters, new_refusals, split_future
 from owlrec.schema import DEAD_LETTERS
 
 USERS, ITEMS = np.array([1, 2]), np.array([10, 11])
@@ -14,12 +14,12 @@ def events(*keys: tuple[int, int, int]) -> Events:
     return Events.from_table(interactions([(u, i, 4.0, t) for u, i, t in keys]))
 
 
-def keys(found: Events) -> list[tuple[int, int, int]]:
-    return list(zip(found.user.tolist(), found.item.tolist(), found.time.tolist(), strict=True))
+def keys(events: Events) -> list[tuple[int, int, int]]:
+    return list(zip(events.user.tolist(), events.item.tolist(), events.time.tolist(), strict=True))
 
 
 def test_future_begins_after_the_allowance() -> None:
-    now, later = part_future(events((1, 10, START + 300_000), (1, 11, START + 300_001)), START)
+    now, later = split_future(events((1, 10, START + 300_000), (1, 11, START + 300_001)), START)
     assert keys(now) == [(1, 10, START + 300_000)]
     assert later.to_pylist() == [
         {"user_id": 1, "item_id": 11, "rating": 4.0, "timestamp": START + 300_001, "error": "FromTheFuture"}
@@ -27,21 +27,21 @@ def test_future_begins_after_the_allowance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "taken", "errors"),
+    ("admit_", "taken", "errors"),
     [
-        ({}, [(1, 10, 5)], ["UnknownUser", "UnknownUser", "UnknownItem"]),
-        ({"unknown_users": "create"}, [(1, 10, 5), (3, 10, 5)], ["UnknownItem", "UnknownItem"]),
-        ({"unknown_items": "create"}, [(1, 10, 5), (2, 12, 5)], ["UnknownUser", "UnknownUser"]),
+        ((), [(1, 10, 5)], ["UnknownUser", "UnknownUser", "UnknownItem"]),
+        (("users",), [(1, 10, 5), (3, 10, 5)], ["UnknownItem", "UnknownItem"]),
+        (("items",), [(1, 10, 5), (2, 12, 5)], ["UnknownUser", "UnknownUser"]),
         (
-            {"unknown_users": "create", "unknown_items": "create"},
+            ("items", "users"),
             [(1, 10, 5), (2, 12, 5), (3, 10, 5), (3, 12, 5)],
             [],
         ),
     ],
 )
-def test_unknown_ids(rules: dict[str, str], taken: list[tuple[int, int, int]], errors: list[str]) -> None:
+def test_unknown_ids(admit_: tuple[str, ...], taken: list[tuple[int, int, int]], errors: list[str]) -> None:
     given = events((1, 10, 5), (1, 11, 6), (2, 12, 5), (3, 10, 5), (3, 12, 5))
-    new, refused = admit(given, events((1, 11, 6)), USERS, ITEMS, RefreshConfig.model_validate(rules))
+    new, refused = admit(given, events((1, 11, 6)), USERS, ITEMS, RefreshConfig.model_validate({"admit": admit_}))
     assert keys(new) == taken
     assert refused["error"].to_pylist() == errors
 
@@ -69,8 +69,8 @@ def test_dead_letters_name_the_reason_and_the_remedy() -> None:
             "as_of": 5,
             "stage": "refresh",
             "error": "UnknownItem",
-            "message": "event of user 3 with item 12: the items table has no item 12: run `prepare` with it, or set "
-            "streaming.unknown_items.",
+            "message": "event of user 3 with item 12: the items table has no item 12: run `prepare` with it, or add "
+            "items to streaming.admit.",
             "attempts": 1,
         }
     ]

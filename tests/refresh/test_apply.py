@@ -26,10 +26,8 @@ from refresh_world import (  # type: ignore[import-not-found]
     watched,
 )
 
-from owlrec.decoding import DecodingConfig
-from owlrec.encoding.encoder import EncoderConfig
-from owlrec.encoding.semantic_ids import SemanticIdConfig
-from owlrec.encoding.vectors import PARTITIONS, VectorShards, partitions_folder
+from owlrec.encoding.compression import SemanticIdConfig
+from owlrec.encoding.vectors import PARTITIONS, EncoderConfig, VectorShards, partitions_folder
 from owlrec.errors import ReleaseError, WorkspaceError
 from owlrec.generation import EchoEngineConfig, VllmEngineConfig
 from owlrec.generation.job import GenerateConfig
@@ -37,20 +35,21 @@ from owlrec.refresh import apply
 from owlrec.refresh.apply import interrupted_plan, stack_partitions, tidy, too_many_dead, with_latest_pools
 from owlrec.refresh.state import CLAIM, dead_files, read_state, write_state
 from owlrec.releases import current_release, list_releases, open_release, roll_back
-from owlrec.releases.manifest import chain, read_manifest
-from owlrec.reshard import reshard
-from owlrec.runs import refresh
+from owlrec.releases.format import chain, read_manifest
+from owlrec.runs import upkeep
+from owlrec.runs.upkeep import double_shards
 from owlrec.shards import Card, claimed
 from owlrec.storage import PointerMoved
 from owlrec.workspace import Workspace
+from owlrec_decoding import DecodingConfig
 
 AWAY = [115, 116, 117]
 
 
 def text_of(workspace: Workspace, user: int) -> str:
     with open_release(workspace) as release:
-        (found,) = release.store.get("user", [user])
-    return found.text if found else ""
+        (knowledge,) = release.store.get("user", [user])
+    return knowledge.text if knowledge else ""
 
 
 def partitions_of(workspace: Workspace, user: int, n: int = 8) -> list[list[float]]:
@@ -90,11 +89,11 @@ def test_one_partition_is_only_the_newest(world: Workspace) -> None:
     assert partitions_of(world, 1) == [vector_of(text_of(world, 1))]
 
 
-def test_new_vectors_are_coded_by_the_releases_own_quantiser(world: Workspace) -> None:
+def test_new_vectors_are_coded_by_the_releases_own_quantizer(world: Workspace) -> None:
     publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4))
     with open_release(world) as release:
         before, _ = release.store.codes("user", range(1, 41))
-        quantiser = release.quantisers()["user"]
+        quantizer = release.quantizers()["user"]
     for day in (1, 2):
         log_events(world, [*watched(1, AWAY, START + day * DAY), *watched(2, AWAY, START + day * DAY)], str(day))
         carry_out(world, plan_refresh(world, drift=0))
@@ -104,7 +103,7 @@ def test_new_vectors_are_coded_by_the_releases_own_quantiser(world: Workspace) -
             after, coded = release.store.codes("user", range(1, 41))
             newest = release.store.vectors("user", [1, 2])[0]
         assert coded.all()
-        np.testing.assert_array_equal(after[:2, :-1], quantiser.encode(newest))
+        np.testing.assert_array_equal(after[:2, :-1], quantizer.encode(newest))
         np.testing.assert_array_equal(after[2:], before[2:])
         assert after[:2, -1].tolist() == before[:2, -1].tolist()  # a hash of the id tells equal codes apart
 
@@ -150,14 +149,14 @@ def test_backlog_leaves_a_vector_of_each_partition_and_the_newest_text(world: Wo
 def stored(world: Workspace) -> dict[tuple[int, int], list[float]]:
     """The vectors of all partitions that refreshes have read, by user and as_of."""
     shards = VectorShards(world, partitions_folder(EncoderConfig().identity), PARTITIONS)
-    found = [shard for number in shards.numbers if (shard := shards.shard(number)) is not None]
-    for shard in found:
+    read = [shard for number in shards.numbers if (shard := shards.shard(number)) is not None]
+    for shard in read:
         keys = list(zip(shard.ids.tolist(), shard.as_of.tolist(), strict=True))
         assert keys == sorted(set(keys))
         assert shard.encoder == EncoderConfig().identity
     return {
         (id_, moment): vector
-        for shard in found
+        for shard in read
         for id_, moment, vector in zip(shard.ids.tolist(), shard.as_of.tolist(), shard.vectors.tolist(), strict=True)
     }
 
@@ -174,11 +173,11 @@ def test_vectors_of_all_partitions_are_kept_where_arms_read_them(world: Workspac
     }
     assert stored(world) == {
         (user, as_of): vector_of(f"Renewed text of user {user} as of {as_of}.")
-        for user, of_user in moments.items()
-        for as_of in of_user
+        for user, user_moments in moments.items()
+        for as_of in user_moments
     }
     assert len(partitions_of(world, 1)) == 1  # the release keeps what it was told to
-    assert reshard(world, ["user"]) == {"user": 8}
+    assert double_shards(world, ["user"]) == {"user": 8}
     assert len(stored(world)) == 4
 
 
@@ -236,7 +235,7 @@ def killed(world: Workspace, plan: object, monkeypatch: pytest.MonkeyPatch, step
 def test_a_delta_that_was_published_is_only_settled(world: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     log_events(world, watched(1, AWAY))
     plan = plan_refresh(world)
-    killed(world, plan, monkeypatch, "owlrec.runs.refresh.settle")
+    killed(world, plan, monkeypatch, "owlrec.runs.upkeep.settle")
     delta = current_release(world)
     later = publish_world(world, "second")  # somebody publishes in between
     assert interrupted_plan(world, "", "settings that changed since") == plan.plan
@@ -255,7 +254,7 @@ def test_what_became_current_meanwhile_stays_and_the_answers_are_kept_for_the_ne
     log_events(world, watched(1, AWAY))
     plan = plan_refresh(world)
     later = publish_world(world, "second")
-    with pytest.raises(ReleaseError, match=f"built while {plan.plan.parent} was current, but now {later}"):
+    with pytest.raises(ReleaseError, match=f"built on {plan.plan.parent}, but {later}"):
         carry_out(world, plan)
     assert current_release(world) == later
     assert interrupted_plan(world, "", plan.refresh.planner.recipe) is None
@@ -274,7 +273,7 @@ def test_plan_whose_parent_was_rolled_back_is_not_published(world: Workspace) ->
     log_events(world, watched(1, AWAY))
     plan = plan_refresh(world)
     roll_back(world)
-    with pytest.raises(ReleaseError, match=f"built while {plan.plan.parent} was current, but now {first} is"):
+    with pytest.raises(ReleaseError, match=f"built on {plan.plan.parent}, but {first} is"):
         carry_out(world, plan)
     assert current_release(world) == first
     assert read_state(world).name == ""
@@ -284,7 +283,7 @@ def test_vectors_are_encoded_once(world: Workspace, monkeypatch: pytest.MonkeyPa
     log_events(world, watched(1, AWAY))
     plan = plan_refresh(world)
     killed(world, plan, monkeypatch, "owlrec.refresh.apply.build_release")
-    monkeypatch.setattr("owlrec.encoding.encoder.Encoder", None)
+    monkeypatch.setattr("owlrec.encoding.vectors.Encoder", None)
     assert carry_out(world, plan).release == current_release(world)
 
 
@@ -301,8 +300,8 @@ def test_second_refresh_does_not_move_what_the_first_has_moved(
 
 def test_two_refreshes_at_once_are_told(world: Workspace) -> None:
     log_events(world, watched(1, AWAY))
-    with claimed(world, CLAIM, "refresh"), pytest.raises(WorkspaceError, match="refresh is running already"):
-        refresh.run(recipe_for(world), world)
+    with claimed(world, CLAIM, "refresh"), pytest.raises(WorkspaceError, match="refresh is already running"):
+        upkeep.run(recipe_for(world), world)
 
 
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -330,7 +329,7 @@ def test_no_event_is_lost_or_doubled_however_they_are_split(
             log_events(copy, rows, str(number))
             if any(events for events, _ in rounds[: number + 1]):
                 # With such a lateness nothing that was read is forgotten, so that it can be counted.
-                plan = plan_refresh(copy, freeze_behaviours=4, max_lateness_days=1000)
+                plan = plan_refresh(copy, freeze_behaviors=4, max_lateness_days=1000)
                 if plan is not None:
                     carry_out(copy, plan, failed)
         state = read_state(copy)
@@ -430,4 +429,4 @@ def test_what_cannot_be_tidied_is_said_and_stops_nothing(world: Workspace, monke
         raise ReleaseError("release x became current while y was being compacted.")
 
     monkeypatch.setattr(apply, "compact", overtaken)
-    assert tidy(world, compact_after=1).startswith("not tidied: release x became current")
+    assert tidy(world, compact_after=1).startswith("cleanup failed: release x became current")

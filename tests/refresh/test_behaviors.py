@@ -14,10 +14,11 @@ from refresh_world import (  # type: ignore[import-not-found]
     watched,
 )
 
-from owlrec.refresh.partitions import Behavior, UserState, renewed_behaviors
-from owlrec.releases import compact, current_release, list_releases, open_release
-from owlrec.releases.manifest import read_manifest
-from owlrec.runs import refresh
+from owlrec.refresh.state import Behavior, UserState, renewed_behaviors
+from owlrec.releases import current_release, list_releases, open_release
+from owlrec.releases.format import read_manifest
+from owlrec.releases.retention import compact
+from owlrec.runs import upkeep
 from owlrec.workspace import Workspace
 
 
@@ -81,7 +82,7 @@ def test_what_is_known_already_is_not_doubled_and_order_is_by_time_then_item(kep
     log_events(kept, same, "again")
     carry_out(kept, plan_refresh(kept))
     assert len(list_releases(kept)) == releases
-    assert refresh.run(recipe_for(kept), kept) == []
+    assert upkeep.run(recipe_for(kept), kept) == []
 
 
 def test_a_release_that_keeps_none_is_given_none(world: Workspace) -> None:
@@ -109,7 +110,7 @@ def test_an_object_store_keeps_the_same_behaviors(kept: Workspace, s3_root: str)
         remote.write_bytes(path, kept.read_bytes(path))
     for workspace in (kept, remote):
         log_events(workspace, [*watched(1, [120]), *watched(3, [121])])
-        refresh.run(recipe_for(workspace), workspace)
+        upkeep.run(recipe_for(workspace), workspace)
     for user in (1, 2, 3):
         assert items_of(remote, user) == items_of(kept, user)
     assert items_of(remote, 3)[-1] == 121

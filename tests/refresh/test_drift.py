@@ -21,10 +21,10 @@ def sums(items: list[int], ratings: list[float], lengths: list[int], above: floa
 
 
 def test_what_was_liked_is_weighted_by_rating_and_summed_apart_from_what_was_not() -> None:
-    found = sums([1, 2, 1, 9, 3, 2, 1], [4, 5, 3, 4, 4, NAN, -2], [4, 0, 3])
+    total = sums([1, 2, 1, 9, 3, 2, 1], [4, 5, 3, 4, 4, NAN, -2], [4, 0, 3])
     # 4 of the first and 5 of the second direction, one of the first disliked, item 9 unknown; nothing; item 3 broken, a
     # missing rating is liked and weighs 1, one of -2 is not.
-    assert found.tolist() == [[[4, 5], [1, 0]], [[0, 0], [0, 0]], [[0, 1], [1, 0]]]
+    assert total.tolist() == [[[4, 5], [1, 0]], [[0, 0], [0, 0]], [[0, 1], [1, 0]]]
     assert sums([1], [-2], [1], above=-5).tolist() == [[[0, 0], [0, 0]]]  # above the bound, of no weight
 
 
@@ -78,5 +78,5 @@ def test_drift_is_always_a_number_between_0_and_2(values: list[float]) -> None:
 
 
 def test_priority_is_drift_times_activity() -> None:
-    found = priorities(np.array([0.5, 1.0, 0.0]), np.array([7, 0, 9]))
-    assert found == pytest.approx([0.5 * np.log(8), 0.0, 0.0])
+    ranked = priorities(np.array([0.5, 1.0, 0.0]), np.array([7, 0, 9]))
+    assert ranked == pytest.approx([0.5 * np.log(8), 0.0, 0.0])

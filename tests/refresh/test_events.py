@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from refresh_world import DAY, START, interactions, log_events  # type: ignore[import-not-found]
 
 from owlrec.errors import SchemaError, SourceError
-from owlrec.ops.watching import is_transient
+from owlrec.ids import shard_of
 from owlrec.refresh.events import (
     Buckets,
     Events,
@@ -27,7 +27,7 @@ from owlrec.refresh.events import (
     event_groups,
 )
 from owlrec.runner import run_stage
-from owlrec.schema import shard_of
+from owlrec.runs.upkeep import is_transient
 from owlrec.sources.outcomes import Labels
 from owlrec.workspace import Workspace
 
@@ -36,8 +36,8 @@ def events(rows: list[tuple[int, int, float | None, int]]) -> Events:
     return Events.from_table(interactions(rows))
 
 
-def rows(found: Events) -> list[tuple[int, int, int]]:
-    return list(zip(found.user.tolist(), found.item.tolist(), found.time.tolist(), strict=True))
+def rows(events: Events) -> list[tuple[int, int, int]]:
+    return list(zip(events.user.tolist(), events.item.tolist(), events.time.tolist(), strict=True))
 
 
 @dataclass
@@ -84,14 +84,14 @@ def read(
 
 
 def test_canonical_order_is_by_user_time_and_item_and_doubles_are_one() -> None:
-    found = canonical(events([(2, 7, 1, 10), (1, 9, None, 20), (1, 8, 3, 20), (1, 9, 4, 20), (1, 9, 2, 20)]))
-    assert rows(found) == [(1, 8, 20), (1, 9, 20), (2, 7, 10)]
-    assert found.rating.tolist() == [3, 4, 1]  # of three ratings at one moment the highest
+    kept = canonical(events([(2, 7, 1, 10), (1, 9, None, 20), (1, 8, 3, 20), (1, 9, 4, 20), (1, 9, 2, 20)]))
+    assert rows(kept) == [(1, 8, 20), (1, 9, 20), (2, 7, 10)]
+    assert kept.rating.tolist() == [3, 4, 1]  # of three ratings at one moment the highest
 
 
 def test_rating_that_is_no_number_is_none() -> None:
-    found = events([(1, 1, float("inf"), 5), (1, 2, None, 5), (1, 3, float("nan"), 5)])
-    assert np.isnan(found.rating).all()
+    kept = events([(1, 1, float("inf"), 5), (1, 2, None, 5), (1, 3, float("nan"), 5)])
+    assert np.isnan(kept.rating).all()
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from([None, 1.0, 2.0]), st.integers(0, 3))))
@@ -114,10 +114,10 @@ def test_are_among_agrees_with_sets(asked: set[tuple[int, int, int]], known: set
 def test_log_without_watermark_is_read_whole(workspace: Workspace) -> None:
     log_events(workspace, [(1, 5, 4.0, START), (2, 6, None, START + 1)], "b")
     log_events(workspace, [(1, 5, 4.0, START), (3, 7, 1.0, START - DAY)], "a")
-    found = read(workspace)
-    assert rows(found.events) == [(1, 5, START), (2, 6, START + 1), (3, 7, START - DAY)]
-    assert (found.buckets.newest, found.errors, found.card_counts) == (START + 1, [], {"refused": 0})
-    assert found.rows == {"a.parquet": 2, "b.parquet": 2}
+    log = read(workspace)
+    assert rows(log.events) == [(1, 5, START), (2, 6, START + 1), (3, 7, START - DAY)]
+    assert (log.buckets.newest, log.errors, log.card_counts) == (START + 1, [], {"refused": 0})
+    assert log.rows == {"a.parquet": 2, "b.parquet": 2}
 
 
 @pytest.mark.parametrize("n_shards", [1, 4, 16])  # of the last, four share a bucket
@@ -126,20 +126,20 @@ def test_each_shard_reads_its_own_events(workspace: Workspace, monkeypatch: pyte
     users = [3, 50_000, 7, 2**40, 12]
     log_events(workspace, [(u, 5, 4.0, START + n) for n, u in enumerate(users)], "one")
     log_events(workspace, [(users[0], 6, 4.0, START)], "two")
-    found = read(workspace, n_shards=n_shards)
+    log = read(workspace, n_shards=n_shards)
     homes = shard_of(np.array(users), n_shards)
-    assert found.buckets.shards() == sorted(set(homes.tolist()))
+    assert log.buckets.shards() == sorted(set(homes.tolist()))
     for number in set(homes.tolist()):
         theirs = {(u, 5, START + n) for n, u in enumerate(users) if homes[n] == number}
         theirs |= {(users[0], 6, START)} if homes[0] == number else set()
-        assert set(rows(found.buckets.read(workspace, number))) == theirs
+        assert set(rows(log.buckets.read(workspace, number))) == theirs
 
 
 def test_only_rows_that_are_new_to_the_log_can_be_too_late(workspace: Workspace) -> None:
     log_events(workspace, [(1, 5, 4.0, START - 9), (1, 6, 4.0, START), (1, 7, 4.0, START - 8)])
-    found = read(workspace, START - 1, {"one.parquet": 2})
-    assert (found.errors, found.card_counts) == ([(1, "TooLate")], {"refused": 1, "refused_TooLate": 1})
-    assert rows(found.events) == [(1, 6, START)]
+    log = read(workspace, START - 1, {"one.parquet": 2})
+    assert (log.errors, log.card_counts) == ([(1, "TooLate")], {"refused": 1, "refused_TooLate": 1})
+    assert rows(log.events) == [(1, 6, START)]
     assert read(workspace, START - 1, {"one.parquet": 3}).errors == []
     assert len(read(workspace, START - 1).errors) == 2
 
@@ -166,10 +166,10 @@ def test_broken_rows_are_refused_and_the_others_taken(workspace: Workspace) -> N
     broken = [(None, 5, 4.0, START), (1, None, 4.0, START), (1, 5, 4.0, None)]
     wrong_unit = [(1, 5, 4.0, START // 1000), (1, 5, 4.0, START * 1000)]
     log_events(workspace, [(1, 5, 4.0, START), *broken, *wrong_unit])
-    found = read(workspace)
-    assert rows(found.events) == [(1, 5, START)]
-    assert found.errors == [(None, "NullField"), *[(1, "NullField")] * 2, *[(1, "NotMilliseconds")] * 2]
-    assert found.buckets.newest == START
+    log = read(workspace)
+    assert rows(log.events) == [(1, 5, START)]
+    assert log.errors == [(None, "NullField"), *[(1, "NullField")] * 2, *[(1, "NotMilliseconds")] * 2]
+    assert log.buckets.newest == START
 
 
 def test_newest_event_up_to_a_moment(workspace: Workspace) -> None:
@@ -184,10 +184,10 @@ def test_log_may_be_one_file_without_ratings_and_with_arrow_moments(workspace: W
     moment = pa.array([datetime.fromtimestamp(START / 1000, UTC)], pa.timestamp("us", "UTC"))
     table = pa.table({"user_id": [1], "item_id": pa.array([5], pa.int32()), "timestamp": moment, "device": ["tv"]})
     pq.write_table(table, tmp_path / "log.parquet")
-    found = read(workspace, events=str(tmp_path / "log.parquet"))
-    assert rows(found.events) == [(1, 5, START)]
-    assert np.isnan(found.events.rating).all()
-    assert list(found.log.files) == ["log.parquet"]
+    log = read(workspace, events=str(tmp_path / "log.parquet"))
+    assert rows(log.events) == [(1, 5, START)]
+    assert np.isnan(log.events.rating).all()
+    assert list(log.log.files) == ["log.parquet"]
 
 
 def test_hidden_and_foreign_files_are_left_out_and_folders_searched(workspace: Workspace) -> None:
@@ -226,13 +226,13 @@ def test_value_of_another_type_is_named_by_file_and_row(workspace: Workspace) ->
 def test_empty_log_at_first_says_what_to_put_there(workspace: Workspace) -> None:
     log = Log.events(workspace, RefreshConfig(), {})
     assert log.fragments() == ([], {})
-    with pytest.raises(SourceError, match=r"events: no events are there\. Put Parquet files with the columns user_id"):
+    with pytest.raises(SourceError, match=r"events: there are no events\. Add Parquet files with the columns user_id"):
         log.check_watermark(None, None, "refresh")
 
 
 @pytest.mark.parametrize(("newest", "ends"), [(None, "is empty"), (START, "ends at 2001-09-09 01:46:40 UTC")])
 def test_log_behind_the_watermark_is_refused(workspace: Workspace, newest: int | None, ends: str) -> None:
     log = Log.events(workspace, RefreshConfig(), {})
-    with pytest.raises(SourceError, match=f"the log {ends}.*to begin again, delete refresh"):
+    with pytest.raises(SourceError, match=f"the log {ends}.*to start over, delete refresh"):
         log.check_watermark(newest, START + 1, "refresh")
     log.check_watermark(START + 1, START + 1, "refresh")

@@ -21,20 +21,20 @@ from refresh_world import (  # type: ignore[import-not-found]
     watched,
 )
 
-from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.compression import SemanticIdConfig
 from owlrec.encoding.inputs import ItemMetadata
 from owlrec.encoding.inputs import Resources as EncoderResources
-from owlrec.encoding.semantic_ids import SemanticIdConfig
+from owlrec.encoding.vectors import EncoderConfig
 from owlrec.errors import SchemaError, SourceError
 from owlrec.generation.job import table_inputs
+from owlrec.ids import shard_of, stable_id
 from owlrec.refresh.items import unwritten_shards
 from owlrec.refresh.state import State, dead_files, read_state
 from owlrec.releases import current_release, open_release
-from owlrec.releases.manifest import read_manifest
-from owlrec.reshard import reshard
-from owlrec.schema import shard_of, stable_id
+from owlrec.releases.format import read_manifest
+from owlrec.runs.upkeep import double_shards
 from owlrec.shards import Shard
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace
 
 NOW = START + 100 * DAY
@@ -153,7 +153,7 @@ def test_order_of_files_and_repetition_change_nothing(world: Workspace, tmp_path
         [(500, START + 1, "HEAT"), (101, START + 3, "Film 1, restored")],
         [(500, START + 2, "Heat (US)"), (101, START + 2, "Film 1, dubbed")],
     ]
-    found = []
+    outcomes = []
     for at, order in enumerate(permutations(range(3))):
         for together in (True, False):
             copy = Workspace(shutil.copytree(world.root, tmp_path / f"{at}-{together}"))
@@ -163,9 +163,9 @@ def test_order_of_files_and_repetition_change_nothing(world: Workspace, tmp_path
                     refresh(copy)
             if together:
                 refresh(copy)
-            found.append((rows_of(copy), texts(copy, [500, 101])))
-    assert all(other == found[0] for other in found)
-    assert (found[0][0][500]["title"], found[0][0][101]["title"]) == ("Heat (US)", "Film 1, restored")
+            outcomes.append((rows_of(copy), texts(copy, [500, 101])))
+    assert all(other == outcomes[0] for other in outcomes)
+    assert (outcomes[0][0][500]["title"], outcomes[0][0][101]["title"]) == ("Heat (US)", "Film 1, restored")
 
 
 def test_bad_rows_are_dead_letters_with_file_and_row_and_the_others_stand(world: Workspace) -> None:
@@ -179,11 +179,11 @@ def test_bad_rows_are_dead_letters_with_file_and_row_and_the_others_stand(world:
     state = refresh(world)
     assert (state.counts["items_read"], state.counts["items_new"], state.counts["items_refused"]) == (3, 1, 6)
     file = world.path("events", "items", "one.parquet")
-    found = letters(world)
-    assert [(error, id_) for error, id_, _ in found] == [
+    dead = letters(world)
+    assert [(error, id_) for error, id_, _ in dead] == [
         ("FromTheFuture", 503), ("NotMilliseconds", None), *[("NullField", None)] * 3, ("OversizedText", 504),
     ]  # fmt: skip
-    rows = [message.partition(":")[0] for _, _, message in found]
+    rows = [message.partition(":")[0] for _, _, message in dead]
     assert rows == [f"{file}, row {row}" for row in (5, 4, 1, 2, 3, 6)]
     assert sorted(rows_of(world))[-1] == 500
 
@@ -273,7 +273,7 @@ def test_items_outlive_a_split_of_their_shards(world: Workspace) -> None:
     log_items(world, [(id_, START, f"New {id_}") for id_ in range(500, 520)])
     refresh(world)
     before = rows_of(world)
-    reshard(world, ["item"])
+    double_shards(world, ["item"])
     world.write_table("items", prepared, key="item_id")  # the tables of this small world have no cards to split
     assert world.n_shards("item") == 8
     assert rows_of(world) == before
@@ -283,14 +283,14 @@ def test_items_outlive_a_split_of_their_shards(world: Workspace) -> None:
     assert (rows[500]["title"], rows[501]["title"]) == ("Newer", "New 501")
 
 
-def test_new_vectors_of_items_are_coded_by_the_releases_own_quantiser(world: Workspace) -> None:
+def test_new_vectors_of_items_are_coded_by_the_releases_own_quantizer(world: Workspace) -> None:
     publish_world(world, "coded", ids=SemanticIdConfig(levels=2, codes_per_level=4))
     log_items(world, [(500, START, "Heat (1995)")])
     refresh(world)
     with open_release(world) as release:
-        quantiser = release.quantisers()["item"]
+        quantizer = release.quantizers()["item"]
         codes, coded = release.store.codes("item", [500, 101])
         vectors, _ = release.store.vectors("item", [500])
     assert vectors.shape == (1, DIM)
     assert coded.all()
-    np.testing.assert_array_equal(codes[:1, :-1], quantiser.encode(vectors))
+    np.testing.assert_array_equal(codes[:1, :-1], quantizer.encode(vectors))

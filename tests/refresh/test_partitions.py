@@ -6,17 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owlrec.refresh.events import RefreshConfig
-from owlrec.refresh.partitions import (
-    Behavior,
-    UserState,
-    bootstrap,
-    due_at,
-    freeze,
-    hold,
-    next_as_of,
-    take_in,
-    why_due,
-)
+from owlrec.refresh.state import Behavior, UserState, bootstrap, due_at, due_reason, freeze, hold, next_as_of, take_in
 
 DAY = 86_400_000
 NOTHING = np.zeros((0, 0), dtype=np.float32)
@@ -68,7 +58,7 @@ def test_new_behaviors_are_sorted_in_and_known_ones_left_out() -> None:
     ],
 )
 def test_when_a_short_term_is_due(user: UserState, drift: float, clock: int, reason: str) -> None:
-    assert why_due(user, drift, clock, RefreshConfig()) == reason
+    assert due_reason(user, drift, clock, RefreshConfig()) == reason
 
 
 def test_due_by_age_is_known_beforehand() -> None:
@@ -76,7 +66,7 @@ def test_due_by_age_is_known_beforehand() -> None:
     assert due_at(state(5, 9), config) == 5 + 2 * DAY
     assert due_at(state(), config) is None
     assert due_at(state(5, held=1), config) is None
-    assert why_due(state(5, 9), 0.0, 5 + 2 * DAY, config) == "age"
+    assert due_reason(state(5, 9), 0.0, 5 + 2 * DAY, config) == "age"
 
 
 def test_freezing_reads_a_partition_and_leaves_the_rest() -> None:

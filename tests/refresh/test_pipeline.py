@@ -20,16 +20,14 @@ from refresh_world import (  # type: ignore[import-not-found]
 
 from owlrec.encoding.vectors import PARTITIONS, VectorShards, partitions_folder
 from owlrec.errors import EngineError, WorkspaceError
-from owlrec.generation import EchoEngineConfig, worker
-from owlrec.generation.engine import Completion, RequestFailed, SamplingConfig
-from owlrec.generation.engines import EchoEngine
-from owlrec.ops.watching import Stopped, StopSignals
-from owlrec.refresh import partitions
+from owlrec.generation import EchoEngineConfig, job
+from owlrec.generation.engines import Completion, EchoEngine, RequestFailed, SamplingConfig
+from owlrec.refresh import state as partitions
 from owlrec.refresh.state import dead_files, read_state, unfinished_plans
 from owlrec.releases import open_release
 from owlrec.releases.release import pointer
-from owlrec.runs import refresh
-from owlrec.runs.upkeep import reshard
+from owlrec.runs import upkeep
+from owlrec.runs.upkeep import Stopped, StopSignals, reshard
 from owlrec.storage import PointerHeld
 from owlrec.workspace import Workspace
 
@@ -56,7 +54,7 @@ class Server(EchoEngine):
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     """The engine of all stages of texts."""
     engine = Server()
-    monkeypatch.setattr(worker, "build_engine", lambda *_: engine)
+    monkeypatch.setattr(job, "build_engine", lambda *_: engine)
     return engine
 
 
@@ -64,25 +62,25 @@ def test_failures_in_numbers_end_the_run_and_the_next_one_asks_for_them_again(wo
     log_events(world, [r for user in range(1, 12) for r in watched(user, AWAY)] + watched(20, range(105, 113)))
     server.away = True
     with pytest.raises(EngineError, match="11 of 12 rows failed"):
-        refresh.run(recipe_for(world), world)
+        upkeep.run(recipe_for(world), world)
     assert (server.asked, read_state(world).name) == (12, "")
     (plan,) = unfinished_plans(world, "")
     with pytest.raises(EngineError, match="11 of 12 rows failed"):
-        refresh.run(recipe_for(world), world)
+        upkeep.run(recipe_for(world), world)
     assert server.asked == 12 + 11  # the one that was answered stays
     server.away = False
-    assert [state.name for state in refresh.run(recipe_for(world), world)] == [plan.name]
+    assert [state.name for state in upkeep.run(recipe_for(world), world)] == [plan.name]
     assert server.asked == 12 + 11 + 11
     with open_release(world) as release:
-        found = release.store.get("user", [1, 11, 20])
-    assert [k is not None and k.framework for k in found] == ["streaming"] * 3
-    assert refresh.run(recipe_for(world), world) == []
+        knowledge = release.store.get("user", [1, 11, 20])
+    assert [k is not None and k.framework for k in knowledge] == ["streaming"] * 3
+    assert upkeep.run(recipe_for(world), world) == []
 
 
 def test_a_few_failures_hold_nobody_up(world: Workspace, server: Server) -> None:
     log_events(world, [*watched(1, AWAY), *watched(20, range(105, 113))])
     server.away = True
-    (state,) = refresh.run(recipe_for(world), world)
+    (state,) = upkeep.run(recipe_for(world), world)
     assert (state.calls, server.asked) == (2, 2)
     with open_release(world) as release:
         held, renewed = release.store.get("user", [1, 20])
@@ -91,25 +89,25 @@ def test_a_few_failures_hold_nobody_up(world: Workspace, server: Server) -> None
     assert renewed is not None
     assert renewed.text.startswith("echo-")
     server.away = False
-    assert refresh.run(recipe_for(world), world) == []
+    assert upkeep.run(recipe_for(world), world) == []
 
 
-def test_wish_to_stop_is_honoured_after_the_step_and_the_next_run_goes_on(
+def test_wish_to_stop_is_honored_after_the_step_and_the_next_run_goes_on(
     world: Workspace, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log_events(world, watched(1, AWAY))
-    shard_watch = refresh.ShardWatch
+    shard_watch = upkeep.ShardWatch
 
-    def told_to_stop(*arguments: Any) -> object:
+    def stopping_watch(*arguments: Any) -> object:
         os.kill(os.getpid(), signal.SIGTERM)
         return shard_watch(*arguments)
 
     with monkeypatch.context() as patch, StopSignals() as signals:
-        patch.setattr(refresh, "ShardWatch", told_to_stop)
+        patch.setattr(upkeep, "ShardWatch", stopping_watch)
         with pytest.raises(Stopped):
-            refresh.run(recipe_for(world), world, signals=signals)
+            upkeep.run(recipe_for(world), world, signals=signals)
     assert (server.asked, len(unfinished_plans(world, ""))) == (1, 1)
-    assert len(refresh.run(recipe_for(world), world)) == 1
+    assert len(upkeep.run(recipe_for(world), world)) == 1
     assert server.asked == 1
 
 
@@ -117,29 +115,29 @@ def test_refreshes_on_an_object_store_are_those_on_a_disk(world: Workspace, serv
     remote = Workspace(s3_root)
     for path in world.entries():
         remote.write_bytes(path, world.read_bytes(path))
-    found = []
+    outcomes = []
     for workspace in (world, remote):
         recipe = recipe_for(workspace, history_tokens=40)  # eight titles
         for name, user in (("one", 1), ("two", 2)):
             log_events(workspace, [*watched(user, [*range(115, 125), 500]), *watched(99, [100])], name)
             row = {"item_id": [500], "timestamp": [START + user], "title": [f"Heat {user}"]}
             workspace.write_parquet(f"events/items/{name}.parquet", pa.table(row))
-            (state,) = refresh.run(recipe, workspace)
+            (state,) = upkeep.run(recipe, workspace)
             assert (state.calls, state.counts["renewed"], state.counts["items_renewed"]) == (2, 2, 1)
-        assert refresh.run(recipe, workspace) == []
+        assert upkeep.run(recipe, workspace) == []
         dead = [workspace.read_parquet(file).to_pylist() for file in dead_files(workspace)]
-        found.append((left(workspace), sorted(map(str, dead))))
-    assert found[0] == found[1]
+        outcomes.append((left(workspace), sorted(map(str, dead))))
+    assert outcomes[0] == outcomes[1]
 
 
 def test_nobody_is_asked_while_releases_are_on_hold(world: Workspace, server: Server) -> None:
     log_events(world, watched(1, AWAY))
     pointer(world).hold("a bad model", "on-call")
     with pytest.raises(PointerHeld, match="a bad model"):
-        refresh.run(recipe_for(world), world)
+        upkeep.run(recipe_for(world), world)
     assert server.asked == 0
     pointer(world).lift()
-    assert [state.counts["renewed"] for state in refresh.run(recipe_for(world), world)] == [1]
+    assert [state.counts["renewed"] for state in upkeep.run(recipe_for(world), world)] == [1]
 
 
 def test_a_reshard_waits_for_an_interrupted_refresh(
@@ -148,11 +146,11 @@ def test_a_reshard_waits_for_an_interrupted_refresh(
     log_events(world, [r for user in range(1, 12) for r in watched(user, AWAY)])
     server.away = True
     with pytest.raises(EngineError):
-        refresh.run(recipe_for(world), world)
+        upkeep.run(recipe_for(world), world)
     with pytest.raises(WorkspaceError, match="a refresh was interrupted"):
         reshard(recipe_for(world), world)
     server.away = False
-    (state,) = refresh.run(recipe_for(world), world)
+    (state,) = upkeep.run(recipe_for(world), world)
     before = [u for n in state.shards for u in state.read_users(world, n, "minilm")]
     assert reshard(recipe_for(world), world, ["user"]) == {"user": 8}
     state = read_state(world)
@@ -160,7 +158,7 @@ def test_a_reshard_waits_for_an_interrupted_refresh(
     assert sorted(after, key=lambda u: u.user_id) == sorted(before, key=lambda u: u.user_id)
     log_events(world, watched(1, [118, 119, 120], START + 9 * DAY), "two")
     monkeypatch.setattr(partitions, "FREEZE_DRIFT", 0)
-    (state,) = refresh.run(recipe_for(world), world)
+    (state,) = upkeep.run(recipe_for(world), world)
     assert (state.calls, state.counts["renewed"], state.n_shards) == (1, 1, 8)
 
 
@@ -193,17 +191,17 @@ def left(workspace: Workspace) -> dict[str, Any]:
         "owlrec.refresh.apply.build_release",
         "owlrec.refresh.apply.make_current",
         "owlrec.refresh.apply.UpsertItems",
-        "owlrec.refresh.apply.StorePartitions",
+        "owlrec.refresh.apply.SavePartitions",
         "owlrec.refresh.apply.SettleStage",
-        "owlrec.runs.refresh.write_state",
-        "owlrec.runs.refresh.sweep",
+        "owlrec.runs.upkeep.write_state",
+        "owlrec.runs.upkeep.sweep",
     ],
 )
 def test_items_and_partitions_outlive_an_end_at_any_step(
     world: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     """An interrupted refresh, whose logs have another order, leaves what an undisturbed one does."""
-    monkeypatch.setattr(refresh, "Refresh", AnsweredRefresh)
+    monkeypatch.setattr(upkeep, "Refresh", AnsweredRefresh)
     twin = Workspace(shutil.copytree(world.root, tmp_path / "twin"))
     events = [*watched(1, [*range(100, 120), 500]), *watched(2, AWAY)]
     items = {
@@ -216,14 +214,14 @@ def test_items_and_partitions_outlive_an_end_at_any_step(
         table = pa.table({name: values[order] for name, values in items.items()})
         workspace.write_parquet("events/items/one.parquet", table)
     recipe, moment = recipe_for(world, history_tokens=30), START + 100 * DAY
-    assert [state.calls for state in refresh.run(recipe, twin, now=moment)] == [5]  # four partitions of user 1
+    assert [state.calls for state in upkeep.run(recipe, twin, now=moment)] == [5]  # four partitions of user 1
     with monkeypatch.context() as patch:
         patch.setattr(step, lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            refresh.run(recipe, world, now=moment)
-    refresh.run(recipe, world, now=moment)
+            upkeep.run(recipe, world, now=moment)
+    upkeep.run(recipe, world, now=moment)
     mine, theirs = left(world), left(twin)
     assert mine == theirs
     assert len(mine["items"]) == 31
     assert sum(len(ids) for ids, *_ in mine["partitions"]) == 5
-    assert refresh.run(recipe, world, now=moment) == []
+    assert upkeep.run(recipe, world, now=moment) == []

@@ -3,7 +3,7 @@
 import pytest
 
 from owlrec.generation import EchoEngineConfig
-from owlrec.prompting.rows import EARLIER, Prompt
+from owlrec.prompting.prompts import EARLIER, Prompt
 from owlrec.refresh.state import RefreshPrompts
 from owlrec.scenario import SCENARIOS, Scenario, get_scenario
 
@@ -17,11 +17,11 @@ def prompts(scenario: Scenario = MOVIES, history: int = 256, answer: int = 128, 
 
 
 def test_cascade_quotes_the_earlier_text_and_only_what_is_new() -> None:
-    text, facts = prompts().after_text('Likes "dry" humour.', SEEN)
+    text, facts = prompts().after_text('Likes "dry" humor.', SEEN)
     quoted = '"Fargo (1996)" 5 stars; "Twister (1996)" 1 star; "Alien (1979)"'
-    assert text.startswith("Summary so far: \"Likes 'dry' humour.\"\n")
+    assert text.startswith("Summary so far: \"Likes 'dry' humor.\"\n")
     assert f"Since then the user watched, oldest first: {quoted}.\n" in text
-    assert facts == f"Likes 'dry' humour. Since then the user watched these movies: {quoted}."
+    assert facts == f"Likes 'dry' humor. Since then the user watched these movies: {quoted}."
 
 
 def test_user_without_an_earlier_text_is_asked_about_in_full() -> None:
@@ -70,7 +70,7 @@ def test_earlier_text_is_cleaned_of_what_could_end_the_turn() -> None:
     assert text.count("\n") == 2
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=lambda s: s.name)
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
 def test_prompts_speak_the_scenarios_words_and_leave_no_slot(scenario: Scenario) -> None:
     asking = prompts(scenario)
     for previous in ("", "Likes variety."):

@@ -6,8 +6,8 @@ from typing import ClassVar
 import numpy as np
 from release_rows import Rows  # type: ignore[import-not-found]
 
+from owlrec.ids import BEHAVIOR
 from owlrec.releases import Knowledge, KnowledgeStore, Release, ReleaseManifest
-from owlrec.schema import BEHAVIOR
 
 
 class MemoryStore(KnowledgeStore):
@@ -17,10 +17,10 @@ class MemoryStore(KnowledgeStore):
         self._rows, self._dim = rows, dim
 
     def own_knowledge(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
-        found = [self._rows.texts.get((kind, int(i))) for i in ids]
+        texts = [self._rows.texts.get((kind, int(i))) for i in ids]
         return [
             t and Knowledge(kind, int(i), as_of=t[0], text=t[1], framework="kar", quality=t[2])
-            for i, t in zip(ids, found, strict=True)
+            for i, t in zip(ids, texts, strict=True)
         ]
 
     def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -37,8 +37,8 @@ class MemoryStore(KnowledgeStore):
         return [self._rows.cohorts.get((kind, int(i))) for i in ids]
 
     def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
-        found = [self._rows.behaviors.get(int(i)) for i in ids]
-        return [None if rows is None else np.array(rows, dtype=BEHAVIOR) for rows in found]
+        own = [self._rows.behaviors.get(int(i)) for i in ids]
+        return [None if rows is None else np.array(rows, dtype=BEHAVIOR) for rows in own]
 
     def count(self, kind: str) -> int:
         return len(self.ids(kind))

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig
-from owlrec.releases import KnowledgeStore, ReleaseInfo, ReleaseManifest, publish
+from owlrec.encoding.compression import Quantizer, SemanticIdConfig
+from owlrec.releases import KnowledgeStore, ReleaseManifest
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, vectors_schema
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
@@ -17,8 +18,8 @@ Behavior = tuple[int, int, float | None, float]  # time, item, rating, label
 KINDS = ("user", "item", "cohort")
 # A byte tells the codes of the first level apart, but not those of the second.
 CODE_SIZES = (4, 300)
-QUANTISERS = {
-    kind: Quantiser(
+QUANTIZERS = {
+    kind: Quantizer(
         SemanticIdConfig(levels=2, codes_per_level=512),
         tuple(np.full((size, 2), number, dtype=np.float32) for size in CODE_SIZES),
     )
@@ -109,20 +110,20 @@ def publish_rows(workspace: Workspace, label: str, rows: Rows, delta_of: str | N
     info = ReleaseInfo(
         fingerprint=fingerprint(label), model="m", encoder="e", parent=delta_of, delta=delta_of is not None
     )
-    return publish(workspace, **tables(rows), quantisers=None if delta_of else QUANTISERS, info=info)
+    return publish(workspace, **tables(rows), quantizers=None if delta_of else QUANTIZERS, info=info)
 
 
-def told(rows: np.ndarray | None) -> list[Behavior] | None:
+def listed(rows: np.ndarray | None) -> list[Behavior] | None:
     """Behaviors as a release gives them, None in place of NaN."""
     return rows if rows is None else [(t, i, None if r != r else r, label) for t, i, r, label in rows.tolist()]
 
 
 def check(store: KnowledgeStore, rows: Rows, ids: range) -> None:
     """Every answer of a store is what the dicts say."""
-    assert [told(found) for found in store.behaviors(ids)] == [rows.behaviors.get(i) for i in ids]
+    assert [listed(stored) for stored in store.behaviors(ids)] == [rows.behaviors.get(i) for i in ids]
     for kind in KINDS:
-        found = [k and (k.as_of, k.text, k.framework, k.quality) for k in store.get(kind, ids)]
-        assert found == [rows.knowledge(kind, i) for i in ids]
+        stored = [k and (k.as_of, k.text, k.framework, k.quality) for k in store.get(kind, ids)]
+        assert stored == [rows.knowledge(kind, i) for i in ids]
         assert store.cohorts(kind, ids) == [rows.cohorts.get((kind, i), ()) for i in ids]
         codes, coded = store.codes(kind, np.array(ids))
         assert codes.dtype == np.uint16

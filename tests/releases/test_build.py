@@ -10,15 +10,17 @@ from collections import Counter
 import numpy as np
 import pyarrow as pa
 import pytest
-from release_rows import CODE_SIZES, QUANTISERS, Rows, check, tables
+from release_rows import CODE_SIZES, QUANTIZERS, Rows, check, tables
 
 from owlrec import storage
 from owlrec.errors import ReleaseError, SchemaError
-from owlrec.releases import ReleaseInfo, ShardRows, build, current_release, open_release, prune, publish_rows
-from owlrec.releases.build import BUILDS
+from owlrec.ids import shard_of, stable_id
+from owlrec.releases import build, current_release, open_release
+from owlrec.releases.build import BUILDS, ReleaseInfo, ShardRows, publish_rows
 from owlrec.releases.lmdb import part_of
+from owlrec.releases.retention import prune
 from owlrec.runner import Pool
-from owlrec.schema import COHORTS, INTERACTIONS, shard_of, stable_id
+from owlrec.schema import COHORTS, INTERACTIONS
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
 
@@ -92,7 +94,7 @@ def test_parts_hold_what_shards_hold_however_many_there_are(workspace, n_parts):
     rows = world()
     source = write_shards(workspace, rows, {"user": 8, "item": 2, "cohort": 1})
     cards = []
-    manifest = publish_rows(workspace, INFO, source, n_parts, quantisers=QUANTISERS, on_card=cards.append)
+    manifest = publish_rows(workspace, INFO, source, n_parts, quantizers=QUANTIZERS, on_card=cards.append)
     assert len(cards) == len(manifest.parts) == n_parts
     assert manifest.totals == manifest.knowledge == dict(Counter(kind for kind, _ in rows.texts))
     assert manifest.vectors == dict(Counter(kind for kind, _ in rows.vectors))
@@ -117,7 +119,7 @@ def test_parts_are_built_on_ray(workspace, ray_local):
     rows = world()
     source = write_shards(workspace, rows, {"user": 8, "item": 2, "cohort": 1})
     pool = Pool(here=False, max_workers=2)
-    publish_rows(workspace, INFO, source, 4, quantisers=QUANTISERS, pool=pool)
+    publish_rows(workspace, INFO, source, 4, quantizers=QUANTIZERS, pool=pool)
     with open_release(workspace) as release:
         check(release.store, rows, range(N + 3))
 
@@ -125,26 +127,26 @@ def test_parts_are_built_on_ray(workspace, ray_local):
 def test_parts_are_built_from_and_on_an_object_store(s3_root):
     rows, workspace = world(), Workspace(s3_root)
     source = write_shards(workspace, rows, {"user": 8, "item": 2, "cohort": 1})
-    publish_rows(workspace, INFO, source, 4, quantisers=QUANTISERS)
+    publish_rows(workspace, INFO, source, 4, quantizers=QUANTIZERS)
     with open_release(workspace) as release:
         check(release.store, rows, range(N + 3))
-        assert release.quantisers().keys() == QUANTISERS.keys()
+        assert release.quantizers().keys() == QUANTIZERS.keys()
 
 
 def test_codes_of_other_codebooks_are_refused(workspace):
     source = write_shards(workspace, world(), {"user": 1, "item": 1, "cohort": 1})
     path = f"vectors/v/knowledge-user/{shard_file(0, '.arrow')}"
     table = workspace.map_arrow(path)
-    coded = table.replace_schema_metadata({"quantiser": "0" * 64})
+    coded = table.replace_schema_metadata({"quantizer": "0" * 64})
     workspace.write_arrow(path, coded, coded.schema)
-    with pytest.raises(SchemaError, match=r"00000000\.arrow: its codes are of codebooks 00000000"):
-        publish_rows(workspace, INFO, source, 1, quantisers=QUANTISERS)
+    with pytest.raises(SchemaError, match=r"00000000\.arrow: its codes .* codebooks 00000000"):
+        publish_rows(workspace, INFO, source, 1, quantizers=QUANTIZERS)
 
 
 KILLED = """
 import sys, time
 sys.path[:0] = [{platform!r}, {tests!r}]
-from test_build import INFO, LAST, QUANTISERS, ShardRows, Workspace, publish_rows
+from test_build import INFO, LAST, QUANTIZERS, ShardRows, Workspace, publish_rows
 class Slow(ShardRows):
     def write(self, workspace, writer, part, n_parts):
         if part == 2:
@@ -152,10 +154,11 @@ class Slow(ShardRows):
             time.sleep(60)
         super().write(workspace, writer, part, n_parts)
 slow = Slow("knowledge/k", "vectors/v", "cohorts/c", LAST)
-publish_rows(Workspace({root!r}), INFO, slow, 4, quantisers=QUANTISERS)
+publish_rows(Workspace({root!r}), INFO, slow, 4, quantizers=QUANTIZERS)
 """
 
 
+@pytest.mark.process
 def test_a_killed_publish_shows_nothing_and_the_next_builds_only_the_missing_parts(workspace):
     source = write_shards(workspace, world(), {"user": 8, "item": 2, "cohort": 1})
     here = os.path.dirname(__file__)
@@ -171,7 +174,7 @@ def test_a_killed_publish_shows_nothing_and_the_next_builds_only_the_missing_par
     [folder] = workspace.names("releases")
     assert current_release(workspace) is None
     cards = []
-    manifest = publish_rows(workspace, INFO, source, 4, quantisers=QUANTISERS, on_card=cards.append)
+    manifest = publish_rows(workspace, INFO, source, 4, quantizers=QUANTIZERS, on_card=cards.append)
     assert manifest.name == folder
     assert sorted(card.shard for card in cards) == ["part/00000002", "part/00000003"]
     assert workspace.names(BUILDS) == []
@@ -183,12 +186,12 @@ def test_two_that_publish_the_same_build_one_release(workspace):
     source = write_shards(workspace, world(), {"user": 8, "item": 2, "cohort": 1})
     first = build._begin(workspace, INFO)
     assert build._begin(workspace, INFO) == first
-    assert publish_rows(workspace, INFO, source, 2, quantisers=QUANTISERS).name == first["name"]
+    assert publish_rows(workspace, INFO, source, 2, quantizers=QUANTIZERS).name == first["name"]
 
 
 def test_builds_are_given_up_after_a_day(workspace):
     source = write_shards(workspace, world(), {"user": 8, "item": 2, "cohort": 1})
-    whole = publish_rows(workspace, INFO, source, 2, quantisers=QUANTISERS).name
+    whole = publish_rows(workspace, INFO, source, 2, quantizers=QUANTIZERS).name
     names = []
     for label in ("old", "young"):
         info = INFO.model_copy(update={"fingerprint": fingerprint(label)})
@@ -236,6 +239,6 @@ def test_parts_whose_vectors_differ_in_length_are_refused(workspace, monkeypatch
     wide = pa.array([[1.0, 2.0, 3.0]] * len(table), pa.list_(pa.float16(), 3))
     table = table.set_column(table.column_names.index("vector"), "vector", wide)
     workspace.write_arrow(path, table, table.schema)
-    with pytest.raises((ReleaseError, SchemaError), match=r"2 and 3 components|3 components, earlier ones 2"):
-        publish_rows(workspace, INFO, source, 4, quantisers=QUANTISERS)
+    with pytest.raises((ReleaseError, SchemaError), match=r"2 and 3 components|3 components, but earlier ones have 2"):
+        publish_rows(workspace, INFO, source, 4, quantizers=QUANTIZERS)
     assert current_release(workspace) is None

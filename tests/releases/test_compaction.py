@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from owlrec.cli import app
 from owlrec.errors import ReleaseError
-from owlrec.releases import compact, current_release, list_releases, open_release, prune, retention
-from owlrec.releases.lmdb import PartWriter
-from owlrec.releases.manifest import read_manifest
+from owlrec.releases import current_release, list_releases, open_release, retention
+from owlrec.releases.format import read_manifest
+from owlrec.releases.parts import PartWriter
+from owlrec.releases.retention import compact, prune
 from owlrec.workspace import Workspace
 
 
@@ -42,7 +43,7 @@ def test_compaction_gives_one_full_release_with_the_same_answers(workspace):
 
 
 def test_compacting_a_full_release_does_nothing(workspace):
-    with pytest.raises(ReleaseError, match="nothing was published yet"):
+    with pytest.raises(ReleaseError, match="nothing has been published"):
         compact(workspace)
     publish_rows(workspace, "full", FULL)
     before = list_releases(workspace)
@@ -74,7 +75,7 @@ def test_a_pointer_that_moves_meanwhile_is_left_alone(workspace):
         if len(names) == 3:
             names.append(publish_rows(workspace, "newer", texts({("user", 1): "newest"}), delta_of=names[-1]).name)
 
-    with pytest.raises(ReleaseError, match=r"was built while .* was current, but now"):
+    with pytest.raises(ReleaseError, match=r"was built on .* is now current"):
         compact(workspace, on_card=refreshed)
     assert current_release(workspace) == names[-1]
     assert len([m for m in list_releases(workspace) if not m.delta]) == 2
@@ -111,7 +112,7 @@ def test_a_remote_workspace_is_compacted_and_pruned(tmp_path):
     compacted = compact(remote)
     assert compacted.name == name
     with open_release(remote) as opened:
-        assert opened.quantisers().keys() == {"user", "item"}
+        assert opened.quantizers().keys() == {"user", "item"}
         assert opened.store.own_codes("user", [1]) == [(3, 299, 0)]
     other = publish_rows(remote, "other", FULL).name
     assert prune(remote, keep=1, min_age_s=0) == [name]
@@ -147,10 +148,10 @@ def test_lookups_never_fail_nor_mix_releases_while_deltas_are_compacted_and_prun
             try:
                 with open_release(workspace) as opened:
                     numbers.append(int(opened.store.get("item", [0])[0].text))
-                    found = [int(k.text) for k in opened.store.get("user", range(N + 1))]
+                    numbers_read = [int(k.text) for k in opened.store.get("user", range(N + 1))]
                     vectors = opened.store.vectors("user", range(N))[0][:, 0].tolist()
-                    if found != expected_numbers(numbers[-1]) or vectors != found[:N]:
-                        wrong.append((numbers[-1], found, vectors))
+                    if numbers_read != expected_numbers(numbers[-1]) or vectors != numbers_read[:N]:
+                        wrong.append((numbers[-1], numbers_read, vectors))
             except BaseException as error:  # whatever it is, the test must hear of it
                 wrong.append(error)
 
@@ -190,8 +191,8 @@ def test_the_commands_say_what_they_did(workspace):
     assert (refused.exit_code, "odd texts" in refused.output) == (1, True)
     assert "no hold" in run(app, ["release", "unhold", root]).output
     compacted = run(app, ["release", "compact", root])
-    assert f"release {current_release(workspace)} is current, in place of {names[-1]}" in compacted.output
-    assert "full already" in run(app, ["release", "compact", root]).output
+    assert f"release {current_release(workspace)} is current, replacing {names[-1]}" in compacted.output
+    assert "already full" in run(app, ["release", "compact", root]).output
     assert "nothing to remove" in run(app, ["release", "prune", root]).output
     pruned = run(app, ["release", "prune", root, "--keep", "1", "--min-age-hours", "0"])
     assert all(name in pruned.output for name in names)

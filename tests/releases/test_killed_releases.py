@@ -3,8 +3,9 @@
 import pytest
 from release_rows import FULL, Rows, answers, check, publish_chain, publish_rows
 
-from owlrec.releases import compact, current_release, open_release
-from owlrec.releases.manifest import read_manifest
+from owlrec.releases import current_release, open_release
+from owlrec.releases.format import read_manifest
+from owlrec.releases.retention import compact
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
@@ -20,14 +21,14 @@ def killed(*args, **kwargs):
 
 PUBLISH_STEPS = [
     "owlrec.releases.build.whole_release",
-    "owlrec.releases.build.TableRows.of",
+    "owlrec.releases.build.RowsInMemory.of",
     "owlrec.releases.build._begin",
     "owlrec.releases.build.PartStage.run",
-    "owlrec.releases.lmdb.PartWriter.add_knowledge",
-    "owlrec.releases.lmdb.PartWriter.add_vectors",
-    "owlrec.releases.lmdb.PartWriter.add_memberships",
-    "owlrec.releases.lmdb.PartWriter.add_rows",
-    "owlrec.releases.lmdb.PartWriter.close",
+    "owlrec.releases.parts.PartWriter.add_knowledge",
+    "owlrec.releases.parts.PartWriter.add_vectors",
+    "owlrec.releases.parts.PartWriter.add_memberships",
+    "owlrec.releases.parts.PartWriter.add_rows",
+    "owlrec.releases.parts.PartWriter.close",
     "owlrec.storage.Storage.upload",
     "owlrec.releases.build.read_part_ids",
     "owlrec.shards.Artifact.finish",
@@ -60,9 +61,9 @@ COMPACT_STEPS = [
     "owlrec.releases.retention.open_part",
     "owlrec.releases.retention.merged_rows",
     "owlrec.releases.lmdb.LmdbFile.items",
-    "owlrec.releases.lmdb.PartWriter.add_rows",
-    "owlrec.releases.lmdb.PartWriter.close",
-    "owlrec.releases.build._write_quantisers",
+    "owlrec.releases.parts.PartWriter.add_rows",
+    "owlrec.releases.parts.PartWriter.close",
+    "owlrec.releases.build._write_quantizers",
     "owlrec.storage.Storage.upload",
     "owlrec.releases.build._manifest",
     "owlrec.releases.retention.make_current",

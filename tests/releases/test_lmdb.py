@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from owlrec.errors import ReleaseError, SchemaError
-from owlrec.releases import lmdb
-from owlrec.releases.lmdb import LmdbFile, LmdbStore, PartWriter
-from owlrec.releases.rows import KEY_ORDER, decode_keys, encode_key, encode_keys
+from owlrec.releases import parts
+from owlrec.releases.format import KEY_ORDER, decode_keys, encode_key, encode_keys
+from owlrec.releases.lmdb import LmdbFile, LmdbStore
+from owlrec.releases.parts import PartWriter
 from owlrec.schema import KNOWLEDGE, vectors_schema
 
 LARGEST = 2**63 - 1
@@ -63,8 +64,8 @@ def test_what_is_written_in_any_order_reads_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("store") / "s.lmdb"
     with written(path, knowledge(flat)) as store:
         for kind, id_, as_of, text in flat:
-            [found] = store.get(kind, [id_])
-            assert (found.kind, found.id, found.as_of, found.text, found.quality) == (kind, id_, as_of, text, "ok")
+            [stored] = store.get(kind, [id_])
+            assert (stored.kind, stored.id, stored.as_of, stored.text, stored.quality) == (kind, id_, as_of, text, "ok")
         for kind in ("user", "item", "cohort"):
             expected = sorted(id_ for k, id_ in rows if k == kind)
             assert store.count(kind) == len(expected)
@@ -77,8 +78,8 @@ def test_keys_sort_like_their_ids(ids, kind):
     assert encode_keys(kind, np.array(ids)) == [encode_key(kind, i) for i in ids]
     assert encode_keys(kind, np.array(ids), 7) == [encode_key(kind, i, 7) for i in ids]
     assert decode_keys(encode_keys(kind, np.array(ids)))[1].tolist() == ids
-    kinds, found = decode_keys(sorted(encode_key(kind, i) for i in ids))
-    assert (set(kinds.tolist()), found.tolist()) == ({encode_key(kind, 0)[0]}, sorted(ids))
+    kinds, ids_read = decode_keys(sorted(encode_key(kind, i) for i in ids))
+    assert (set(kinds.tolist()), ids_read.tolist()) == ({encode_key(kind, 0)[0]}, sorted(ids))
 
 
 def test_misses_stay_aligned(tmp_path):
@@ -87,8 +88,8 @@ def test_misses_stay_aligned(tmp_path):
         knowledge([("user", 5, 1, "five"), ("item", 7, 1, "a film")]),
         vectors("user", [5], [[0.5, -2.0]]),
     )
-    found = store.get("user", [7, 5, LARGEST, 5])
-    assert [k and k.text for k in found] == [None, "five", None, "five"]  # 7 is an item, no user
+    stored = store.get("user", [7, 5, LARGEST, 5])
+    assert [k and k.text for k in stored] == [None, "five", None, "five"]  # 7 is an item, no user
     rows, mask = store.vectors("user", np.array([7, 5, 6]))
     assert rows.dtype == np.float32
     assert rows.tolist() == [[0, 0], [0.5, -2.0], [0, 0]]
@@ -127,14 +128,14 @@ def test_null_text_and_mixed_vector_lengths_are_refused(tmp_path):
     with pytest.raises(SchemaError, match="row 1: text is null"):
         writer.add_knowledge("user", broken, name="given")
     writer.add_vectors("item", vectors("item", [1], [[1.0, 2.0]]), name="given")
-    with pytest.raises(SchemaError, match="3 components, earlier ones 2"):
+    with pytest.raises(SchemaError, match="3 components, but earlier ones have 2"):
         writer.add_vectors("user", vectors("user", [2], [[1.0, 2.0, 3.0]]), name="given")
     writer.abort()
 
 
 def test_the_map_grows_and_pages_are_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(lmdb, "_FIRST_MAP_BYTES", 1 << 16)
-    monkeypatch.setattr(lmdb, "_TRANSACTION_ROWS", 64)
+    monkeypatch.setattr(parts, "_FIRST_MAP_BYTES", 1 << 16)
+    monkeypatch.setattr(parts, "_TRANSACTION_ROWS", 64)
     text = "x" * 1300  # three rows to a page of 4096 bytes
     order = [i for start in (2, 0, 1) for i in range(start, 900, 3)]
     with written(tmp_path / "s.lmdb", knowledge([("user", i, i, f"{i}{text}") for i in order])) as store:
@@ -144,7 +145,7 @@ def test_the_map_grows_and_pages_are_full(tmp_path, monkeypatch):
 
 
 def test_the_sample_for_verification_is_bounded_and_spread(tmp_path, monkeypatch):
-    monkeypatch.setattr(lmdb, "_SAMPLE", 10)
+    monkeypatch.setattr(parts, "_SAMPLE", 10)
     writer = PartWriter(tmp_path / "s.lmdb", codes={})
     for start in range(0, 1000, 100):
         ids = np.arange(start, start + 100)

@@ -6,7 +6,8 @@ import pytest
 from release_rows import DELTAS, FULL, publish_chain, publish_rows, texts
 
 from owlrec.errors import ReleaseError
-from owlrec.releases import current_release, list_releases, open_release, prune, retention, roll_back
+from owlrec.releases import current_release, list_releases, open_release, retention, roll_back
+from owlrec.releases.retention import prune
 from owlrec.workspace import Workspace
 
 

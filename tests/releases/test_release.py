@@ -9,20 +9,11 @@ import pyarrow as pa
 import pytest
 
 from owlrec.errors import ReleaseError, SchemaError, WorkspaceError
-from owlrec.node_cache import NodeCache
-from owlrec.releases import (
-    ReleaseInfo,
-    build,
-    current_release,
-    list_releases,
-    measure_lookup,
-    open_release,
-    publish,
-    roll_back,
-)
-from owlrec.releases.build import BUILDS
+from owlrec.machine import NodeCache
+from owlrec.releases import build, current_release, list_releases, measure_lookup, open_release, roll_back
+from owlrec.releases.build import BUILDS, ReleaseInfo, publish
+from owlrec.releases.format import read_manifest
 from owlrec.releases.lmdb import part_of
-from owlrec.releases.manifest import read_manifest
 from owlrec.releases.release import make_current, pointer
 from owlrec.schema import KNOWLEDGE, vectors_schema
 from owlrec.storage import PointerHeld, fingerprint
@@ -124,7 +115,7 @@ def test_rolling_back_goes_back_step_by_step_and_forward_by_name(workspace):
     assert current_text(workspace) == "a 1"
     assert roll_back(workspace, to=c) == c
     assert roll_back(workspace) == a
-    with pytest.raises(ReleaseError, match="holds no release 'nope'"):
+    with pytest.raises(ReleaseError, match="no release 'nope'"):
         roll_back(workspace, to="nope")
     assert current_release(workspace) == a
 
@@ -151,13 +142,13 @@ def test_a_failing_publish_leaves_nothing(workspace):
     with pytest.raises(ReleaseError, match="no knowledge to publish"):
         publish(workspace, knowledge=[], vectors=[], info=info("a"))
     assert workspace.names("releases") == workspace.names(BUILDS) == []
-    with pytest.raises(ReleaseError, match="nothing was published yet"):
+    with pytest.raises(ReleaseError, match="nothing has been published"):
         open_release(workspace)
 
 
 def test_a_row_that_does_not_read_back_stops_the_publish(workspace, monkeypatch):
     monkeypatch.setattr("owlrec.releases.lmdb.LmdbFile.get_many", lambda self, database, keys: [b"other" for _ in keys])
-    with pytest.raises(ReleaseError, match="do not read back"):
+    with pytest.raises(ReleaseError, match="read back differently"):
         published(workspace, "a")
     assert list_releases(workspace) == []
 
@@ -252,11 +243,11 @@ def test_a_cache_that_holds_one_release_takes_them_in_turns(remote, cache, monke
             assert release.store.get("user", [1])[0].text == f"{text} 1"
             assert len(copies(cache)) == 1
     with open_release(remote, names[0]) as held:
-        with pytest.raises(WorkspaceError, match=r"do not fit beside .* that are open.*OWLREC_CACHE_GIB"):
+        with pytest.raises(WorkspaceError, match=r"do not fit .*OWLREC_CACHE_GIB"):
             open_release(remote, names[1])
         assert held.store.get("user", [2])[0].text == "a 2"
     monkeypatch.setattr(NodeCache.default(), "max_bytes", size // 2)
-    with pytest.raises(ReleaseError, match=rf"has {size:,} bytes, but this node's cache may hold {size // 2:,}"):
+    with pytest.raises(ReleaseError, match=rf"has {size:,} bytes, but .* {size // 2:,}"):
         open_release(remote, names[1])
 
 
@@ -343,7 +334,7 @@ def test_a_delta_does_not_bring_back_what_was_rolled_back_meanwhile(workspace):
     delta = info("c").model_copy(update={"parent": second, "delta": True})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "build_release", slow)
-        with pytest.raises(ReleaseError, match=rf"was built while {second} was current, but now {first} is"):
+        with pytest.raises(ReleaseError, match=f"was built on {second}, but {first} is"):
             publish(workspace, knowledge=[knowledge("c", 1)], vectors=[], info=delta)
     assert current_release(workspace) == first
 

@@ -5,7 +5,7 @@ from own_store import MemoryReleases
 from release_rows import answers, check, publish_chain
 
 from owlrec.errors import ReleaseError
-from owlrec.releases.manifest import chain
+from owlrec.releases.format import chain
 from owlrec.releases.release import STORES, open_store
 from owlrec.workspace import Workspace
 
@@ -23,5 +23,5 @@ def test_a_new_store_is_one_file_and_one_line(workspace: Workspace, monkeypatch:
 
 
 def test_an_address_of_no_store_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ReleaseError, match=r"'redi' begins no address of a store\. Did you mean 'redis'"):
+    with pytest.raises(ReleaseError, match=r"'redi' is not a known store scheme\. Did you mean 'redis'"):
         open_store("redi://127.0.0.1:6379/0")

@@ -11,22 +11,21 @@ from worlds import write_world  # type: ignore[import-not-found]
 
 from owlrec.ctr.artifact import ModelCard, finish_artifact, read_by, write_artifact
 from owlrec.ctr.batches import SplitTensors
-from owlrec.ctr.dataset import encode_tables, open_features
+from owlrec.ctr.dataset import encode_tables, open_features, open_tables, reduce_once, reduced_folders
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
 from owlrec.ctr.features import Histories, SampleFeatures
-from owlrec.ctr.knowledge import Arm, KnowledgeTable, arm_parts
-from owlrec.ctr.pca import open_tables, reduce_once, reduced_folders
+from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable, arm_parts
 from owlrec.ctr.trainer import Trained, TrainingData, export_trial, tables_of, train_one
-from owlrec.encoding.projection import Projection
-from owlrec.encoding.semantic_ids import Quantiser, SemanticIdConfig, code_vectors, train_quantiser
-from owlrec.encoding.vectors import VectorShard, quantiser_folder
-from owlrec.releases import ReleaseInfo, ReleaseManifest, publish
+from owlrec.encoding.compression import Projection, Quantizer, SemanticIdConfig, code_vectors, train_quantizer
+from owlrec.encoding.vectors import VectorShard, quantizer_folder
+from owlrec.releases import ReleaseManifest
+from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import BEHAVIORS, KNOWLEDGE, MEMBERSHIPS, SAMPLES, vectors_schema
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
 
 USERS, ITEMS, DIM, LENGTH = 40, 20, 8, 3
-SIDES = {"user": USERS, "item": ITEMS}
+ENTITY_COUNTS = {"user": USERS, "item": ITEMS}
 ENCODER = "toy@256"
 CONFIG = CTRConfig(
     batch_size=64, epochs=2, embed_dim=4, hidden_dims=(8, 4), knowledge_dim=4, learning_rate=0.01, min_item_count=1
@@ -53,7 +52,7 @@ class Contents:
 def first_contents() -> Contents:
     """Of all users and items but two each; a second partition of even users; two cohorts that everybody is in."""
     contents = Contents()
-    for seed, (kind, n) in enumerate(SIDES.items()):
+    for seed, (kind, n) in enumerate(ENTITY_COUNTS.items()):
         newest, older = random_vectors(n, seed), random_vectors(n, seed + 10)
         contents.vectors[kind] = {
             id_: [newest[id_], older[id_]] if kind == "user" and id_ % 2 == 0 else [newest[id_]] for id_ in range(2, n)
@@ -79,7 +78,7 @@ class LiveWorld:
     folder: str  # of the artifact
     trained: Trained
     data: TrainingData
-    quantisers: Mapping[str, Quantiser]
+    quantizers: Mapping[str, Quantizer]
 
     def publish(
         self, contents: Contents, name: str = "first", delta_of: str | None = None, encoder: str = ENCODER
@@ -101,8 +100,8 @@ class LiveWorld:
                 texts.append({**defaults, "kind": kind, "id": id_, "text": f"{kind} {id_}"})
                 for number, vector in enumerate(partitions):
                     codes = []
-                    if kind in self.quantisers and number == 0:
-                        codes = code_vectors(self.quantisers[kind], np.array([id_]), vector[None])[0].tolist()
+                    if kind in self.quantizers and number == 0:
+                        codes = code_vectors(self.quantizers[kind], np.array([id_]), vector[None])[0].tolist()
                     vectors.append({"kind": kind, "id": id_, "vector": vector, "codes": codes, "partition": number})
         behaviors = [
             {"id": user, **{name: [row[at] for row in rows] for at, name in enumerate(BEHAVIORS.names[1:])}}
@@ -116,7 +115,7 @@ class LiveWorld:
             vectors=[pa.Table.from_pylist(vectors, with_partition)],
             memberships=[pa.Table.from_pylist(members, MEMBERSHIPS)],
             behaviors=[pa.Table.from_pylist(behaviors, BEHAVIORS)],
-            quantisers=None if delta_of else dict(self.quantisers),
+            quantizers=None if delta_of else dict(self.quantizers),
             info=info,
         )
 
@@ -148,18 +147,18 @@ class LiveWorld:
         """What `encode` and `reduction` would have written of these contents."""
         workspace, grid = self.workspace, self.trained_grid
         projection = Projection.load(workspace, f"{grid_folder(grid)}/vectors", grid)
-        found: dict[str, dict[str, KnowledgeTable]] = {}
-        for kind in SIDES:
+        tables: dict[str, dict[str, KnowledgeTable]] = {}
+        for kind in ENTITY_COUNTS:
             for name, rows in sources_of(contents, kind).items():
                 ids, as_of = np.array(sorted(rows), dtype=np.int64).T
                 vectors = np.stack([rows[key] for key in sorted(rows)])
                 table = KnowledgeTable(ids, projection.apply(vectors).astype(np.float16), as_of)
-                if name == "knowledge" and kind in self.quantisers:
-                    quantiser = self.quantisers[kind]
-                    codes = code_vectors(quantiser, ids, vectors)[:, :-1]
-                    table = replace(table, codes=codes, code_sizes=tuple(quantiser.sizes))
-                found.setdefault(name, {})[kind] = table
-        return found
+                if name == "knowledge" and kind in self.quantizers:
+                    quantizer = self.quantizers[kind]
+                    codes = code_vectors(quantizer, ids, vectors)[:, :-1]
+                    table = replace(table, codes=codes, code_sizes=tuple(quantizer.sizes))
+                tables.setdefault(name, {})[kind] = table
+        return tables
 
     @property
     def trained_grid(self) -> str:
@@ -178,12 +177,12 @@ def sources_of(contents: Contents, kind: str) -> dict[str, dict[tuple[int, int],
             for id_, partitions in rows.items()
             for number, vector in enumerate(partitions[1:], 1)
         }
-    for (of_kind, id_), named in contents.cohorts.items():
+    for (named_kind, id_), named in contents.cohorts.items():
         for source, cohorts in (
             ("collective", [c for c in named if c >= 0]),
             ("disliked", [~c for c in named if c < 0]),
         ):
-            if of_kind == kind and cohorts:
+            if named_kind == kind and cohorts:
                 mean = np.sum([contents.vectors["cohort"][c][0].astype(np.float32) for c in cohorts], axis=0)
                 sources[source][id_, 0] = (mean / np.linalg.norm(mean)).astype(np.float16)
     return sources
@@ -200,26 +199,26 @@ def write_live_world(workspace: Workspace, arm: Arm = "knowledge", backbone: str
         for item in range(ITEMS):
             label = float((item + user) % 2)
             rows.append((user, item, label, 1000, history, [1.0, 5.0, None], [0.0, 1.0, 0.0], split))
-    ids = {kind: pa.array(range(n), pa.int64()) for kind, n in SIDES.items()}
+    ids = {kind: pa.array(range(n), pa.int64()) for kind, n in ENTITY_COUNTS.items()}
     world = SimpleNamespace(
         users=pa.table({"user_id": ids["user"], "raw_id": [str(n) for n in range(USERS)]}),
         items=pa.table({"item_id": ids["item"], "raw_id": [str(n) for n in range(ITEMS)], "title": ["A"] * ITEMS}),
         samples=pa.table([list(column) for column in zip(*rows, strict=True)], schema=SAMPLES),
     )
     write_world(workspace, world, n_shards=1)
-    quantisers: dict[str, Quantiser] = {}
+    quantizers: dict[str, Quantizer] = {}
     sources: dict[str, dict[str, str]] = {}
-    for kind in SIDES:
-        for name, of_source in sources_of(contents, kind).items():
-            known, as_of = np.array(sorted(of_source), dtype=np.int64).T
-            vectors = np.stack([of_source[key] for key in sorted(of_source)])
+    for kind in ENTITY_COUNTS:
+        for name, vectors_by_key in sources_of(contents, kind).items():
+            known, as_of = np.array(sorted(vectors_by_key), dtype=np.int64).T
+            vectors = np.stack([vectors_by_key[key] for key in sorted(vectors_by_key)])
             digests, codes = np.zeros((len(known), 16), np.uint8), np.zeros((len(known), 0), np.uint16)
             shard = VectorShard(kind, known, as_of, vectors, digests, codes, encoder=ENCODER)
             if name == "knowledge" and arm_parts(arm)[1] != "vectors":
-                quantisers[kind] = train_quantiser(vectors.astype(np.float32), IDS)
-                quantisers[kind].save(workspace, quantiser_folder("vectors/v", f"{name}-{kind}"))
-                coded = code_vectors(quantisers[kind], known, vectors)
-                shard = replace(shard, codes=coded, quantiser=quantisers[kind].fingerprint)
+                quantizers[kind] = train_quantizer(vectors.astype(np.float32), IDS)
+                quantizers[kind].save(workspace, quantizer_folder("vectors/v", f"{name}-{kind}"))
+                coded = code_vectors(quantizers[kind], known, vectors)
+                shard = replace(shard, codes=coded, quantizer=quantizers[kind].fingerprint)
             table = shard.table()
             workspace.write_arrow(f"vectors/v/{name}-{kind}/{shard_file(0, '.arrow')}", table, table.schema)
             sources.setdefault(name, {})[kind] = "vectors/v"
@@ -234,6 +233,6 @@ def write_live_world(workspace: Workspace, arm: Arm = "knowledge", backbone: str
     figures = {"valid": trained.result.valid, "test": trained.result.test}
     reads = read_by(workspace, trial, reduced_folders(workspace, sources, grid))
     finish_artifact(workspace, folder, ModelCard(trial=trial, grid=grid, items=ITEMS, reads=reads, **figures))
-    made = LiveWorld(workspace, folder, trained, data, quantisers)
+    made = LiveWorld(workspace, folder, trained, data, quantizers)
     made.publish(contents)
     return made

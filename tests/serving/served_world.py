@@ -6,12 +6,11 @@ from pathlib import Path
 import pyarrow as pa
 from release_rows import Rows, publish_rows, tables
 
-from owlrec.releases import ReleaseInfo, publish
+from owlrec.releases.build import ReleaseInfo, publish
+from owlrec.serving.guard import Stopping, never_stopping
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
-from owlrec.serving.problems import Stopping, never_stopping
-from owlrec.serving.served import ServedReleases, WorkspaceReleases
-from owlrec.serving.similar import SimilarEntities
+from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
 from owlrec.sources.splits import SplitConfig, for_histories, last_behaviors
 from owlrec.workspace import Workspace
 

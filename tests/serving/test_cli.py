@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 import owlrec
 import pipelines
 from owlrec.cli import app
-from owlrec.runs.stage import STAGES, stage_function
+from owlrec.runs import STAGES
+from owlrec.runs.stages import stage_function
 from owlrec.workspace import Workspace
 
 ENTRIES = sorted(p.stem for p in Path(pipelines.__file__).parent.glob("[a-z]*.py"))
@@ -38,9 +39,9 @@ def test_a_recipe_and_its_workspace_are_the_same_target(recipe: Path, tmp_path: 
     for target in (str(recipe), str(tmp_path / "ws")):
         listed = json.loads(CliRunner().invoke(app, ["release", "list", target, "--json"]).stdout)
         assert [(release["name"], release["current"]) for release in listed] == [(name, True)]
-        found = json.loads(CliRunner().invoke(app, ["lookup", target, "user", "1", "99", "--json"]).stdout)
-        assert (found.pop("release"), found.pop("took_us") > 0) == (name, True)
-        answers.append(found)
+        answer = json.loads(CliRunner().invoke(app, ["lookup", target, "user", "1", "99", "--json"]).stdout)
+        assert (answer.pop("release"), answer.pop("took_us") > 0) == (name, True)
+        answers.append(answer)
     assert answers[0] == answers[1]
     assert [row["text"] for row in answers[0]["rows"]] == ["first likes films", None]
 

@@ -19,7 +19,6 @@ from owlrec import Client
 from owlrec.serving.keys import new_key
 from owlrec.workspace import Workspace
 
-pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")  # of Ray Serve 2.60
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = yaml.safe_load((ROOT / "serve_apps" / "cluster.yaml").read_text())
 KEY, LINE = new_key("tests")
@@ -98,7 +97,7 @@ def test_it_deploys_and_a_changed_user_config_restarts_nothing(ray_local, tmp_pa
             pages = httpx.Client(base_url=f"{address}/explorer", auth=("anybody", KEY), timeout=20)
             assert release in pages.get("/user/1").text
             ranking = pages.get(f"/rank?user=55&candidates={','.join(map(str, range(ITEMS)))}").text
-            assert "The LLM did not have its say: no LLM is deployed." in ranking
+            assert "The LLM did not rank: no LLM is deployed." in ranking
             assert httpx.get(f"{address}/rank/v1/rank").status_code == 401
             before = replicas()
             next(a for a in config["applications"] if a["name"] == "rank")["deployments"][0]["user_config"] = {

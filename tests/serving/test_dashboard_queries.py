@@ -14,31 +14,26 @@ from dashboards import expressions, parse
 from processes import free_port
 from served_world import publish_world
 
-from owlrec.decoding.controller import DecoderCounters
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.engine import SamplingConfig
-from owlrec.generation.job import build_job, table_inputs
-from owlrec.generation.worker import GenerateStage
-from owlrec.prompting.rows import PromptConfig
+from owlrec.generation.engines import SamplingConfig
+from owlrec.generation.job import GenerateStage, build_job, table_inputs
+from owlrec.prompting.prompts import PromptConfig
 from owlrec.releases import roll_back
 from owlrec.runner import Pool, run_stage
 from owlrec.scenario import get_scenario
 from owlrec.workspace import Workspace
+from owlrec_decoding.controller import DecoderCounters
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.usefixtures("ray_local"),
-    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # of Ray Serve 2.60 itself
-]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 WITHIN_S = 30.0
 
 
 def labels_of(page):
     """The metrics on a page, and the labels of each."""
-    found = {}
+    by_metric = {}
     for metric, labels in re.findall(r"^(\w+)(?:\{(.*)\})? \S+$", page, re.MULTILINE):
-        found.setdefault(metric, set()).update(re.findall(r'(\w+)="', labels))
-    return found
+        by_metric.setdefault(metric, set()).update(re.findall(r'(\w+)="', labels))
+    return by_metric
 
 
 class Pages(threading.Thread):
@@ -86,7 +81,7 @@ def knowledge(ray_local, tmp_path_factory):
     """The knowledge application's address and its workspace, with two releases."""
     from ray import serve
 
-    from serve_apps.knowledge import KnowledgeArgs, app
+    from owlrec.apps.knowledge import KnowledgeArgs, app
 
     workspace, port = Workspace(tmp_path_factory.mktemp("served") / "ws"), free_port()
     for label in ("first", "second"):
@@ -104,7 +99,7 @@ def count_elsewhere():
     @ray.remote(num_cpus=0)
     class Engine:
         def count(self):
-            from owlrec.generation.worker import _COUNTS, DecoderMetrics
+            from owlrec.generation.job import _COUNTS, DecoderMetrics
 
             counters = DecoderCounters(counts={**dict.fromkeys(_COUNTS, 1.0), "hits_own": 1.0})
             DecoderMetrics("engine").update(counters)
@@ -112,9 +107,9 @@ def count_elsewhere():
     @ray.remote(num_cpus=0)
     class Ranker:
         async def rank(self):
+            from owlrec.apps.knowledge import RayTelemetry
             from owlrec.serving.rank_api import Cascade
             from owlrec.serving.schemas import Rank
-            from serve_apps.telemetry import RayTelemetry
 
             class Ctr:
                 async def score(self, asked, candidates):

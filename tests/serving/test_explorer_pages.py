@@ -16,8 +16,7 @@ from owlrec.serving.keys import KeyRing, new_key
 from owlrec.serving.knowledge_api import KnowledgeConfig
 from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import RankAnswer
-from owlrec.serving.served import ServedReleases, WorkspaceReleases
-from owlrec.serving.similar import SimilarEntities
+from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
 from owlrec.workspace import Workspace
 
 
@@ -54,12 +53,12 @@ def by_ctr_and_llm(asked):
     places = {id_: place for place, id_ in enumerate(sorted(asked.candidates), 1)}
 
     def ranked(id_, by):
-        why = {
+        explanation = {
             "ctr_score": None if id_ > 100 else 1 - places[id_] / 10,
             "ctr_place": places[id_],
             "llm_score": 0.5 if by == "llm" else None,
         }
-        return {"id": id_, "score": 0.5, "by": by, "why": why}
+        return {"id": id_, "score": 0.5, "by": by, "explanation": explanation}
 
     results = [ranked(id_, "ctr" if id_ > 100 else "llm") for id_ in ids]
     degraded = any(id_ > 100 for id_ in ids)
@@ -70,9 +69,9 @@ def by_ctr_and_llm(asked):
 def by_ctr_alone(asked):
     """Like one whose LLM is gone."""
     answer = by_ctr_and_llm(asked)
-    results = sorted(answer.results, key=lambda r: r.why.ctr_place)
+    results = sorted(answer.results, key=lambda r: r.explanation.ctr_place)
     for result in results:
-        result.by, result.why.llm_score = "ctr", None
+        result.by, result.explanation.llm_score = "ctr", None
     reason = "the LLM is not available"
     return answer.model_copy(update={"degraded": True, "reason": reason, "results": results})
 
@@ -125,11 +124,11 @@ def test_search_by_id_and_by_title(web):
     assert web.get("/search?q=" + "x" * 201).status_code == 422
 
 
-def test_a_user_with_history_and_neighbours(web):
+def test_a_user_with_history_and_neighbors(web):
     page = web.get("/user/1").text
     assert "first likes films" in page
     assert links(page) == ["/item/11", "/item/9", "/item/7", "/user/2"]
-    assert "item 11" in page  # a title that the catalogue lacks
+    assert "item 11" in page  # a title that the catalog lacks
     assert page.count("rated") == 2
     assert "rated 3.5" in page
 
@@ -194,35 +193,35 @@ def test_it_works_without_tables_and_with_a_swap(tmp_path):
         assert web.get("/user/1", auth=("anna", "wrong")).status_code == 401
 
 
-def sides(page):
+def columns(page):
     """The ids in each column, and what is said of each move."""
     ctr, llm = page.split('aria-labelledby="by-ctr"')[1].split('aria-labelledby="by-llm"')
     moves = re.findall(r'<span class="(?:up|down|note)">(▲ up \d+|▼ down \d+|stays)</span>', llm)
-    return [[int(link.rsplit("/")[-1]) for link in links(side)] for side in (ctr, llm)] + [moves]
+    return [[int(link.rsplit("/")[-1]) for link in links(column)] for column in (ctr, llm)] + [moves]
 
 
 def test_a_ranking_by_ctr_and_by_llm_side_by_side(web):
     page = web.get("/rank?user=1&candidates=9,+7;8 9%0A11").text
-    assert sides(page) == [[7, 8, 9, 11], [11, 9, 8, 7], ["▲ up 3", "▲ up 1", "▼ down 1", "▼ down 3"]]
+    assert columns(page) == [[7, 8, 9, 11], [11, 9, 8, 7], ["▲ up 3", "▲ up 1", "▼ down 1", "▼ down 3"]]
     assert "4 of 4 candidates moved; the furthest is item 11, up 3." in page
     assert "War &amp; Peace (1966)" in page
     assert re.findall(r'<input[^>]* value="([^"]*)"', page) == ["", "1", "9, 7;8 9\n11"]  # search, user, candidates
     odd = web.get("/rank?user=1&candidates=7,8,9").text
-    assert sides(odd)[2] == ["▲ up 2", "stays", "▼ down 2"]
+    assert columns(odd)[2] == ["▲ up 2", "stays", "▼ down 2"]
     assert 'role="status"' not in odd
 
 
 def test_what_the_llm_could_not_score_is_said(web):
     page = web.get("/rank?user=1&candidates=7,9,101").text
-    assert sides(page)[:2] == [[7, 9, 101], [9, 7, 101]]
+    assert columns(page)[:2] == [[7, 9, 101], [9, 7, 101]]
     assert "the LLM could not score 1 of 3 candidates" in page
     assert page.count("not scored") == 2  # by neither
 
 
 def test_without_ids_unseen_items_are_drawn(web):
     page = web.get("/rank?user=2").text
-    assert sorted(sides(page)[0]) == [7, 9]
-    assert sides(web.get("/rank?user=2").text) == sides(page)
+    assert sorted(columns(page)[0]) == [7, 9]
+    assert columns(web.get("/rank?user=2").text) == columns(page)
     assert "there are no candidates" in web.get("/rank?user=1").text  # who has seen both
 
 
@@ -249,9 +248,9 @@ def failing(error):
 @pytest.mark.parametrize(
     ("rank", "words"),
     [
-        (None, "No ranking: no ranking application is deployed beside this page."),
+        (None, "No ranking: no ranking application is deployed with this page."),
         (failing(ServingError("the CTR model is not available")), "No ranking: the CTR model is not available."),
-        (failing(RuntimeError("secret")), "No ranking: the ranking application does not answer."),
+        (failing(RuntimeError("secret")), "No ranking: the ranking application does not respond."),
     ],
 )
 def test_without_a_ranking_the_page_says_so(tmp_path, rank, words):
@@ -269,8 +268,8 @@ def test_without_the_llm_the_ctr_order_stands_alone(tmp_path):
     publish_world(workspace, "first")
     with TestClient(explorer(workspace, tmp_path / "i", rank=by_ctr_alone), base_url="http://localhost") as web:
         page = web.get("/rank?user=1&candidates=9,7").text
-    assert sides(page) == [[7, 9], [], []]
-    assert "The LLM did not have its say: the LLM is not available." in page
+    assert columns(page) == [[7, 9], [], []]
+    assert "The LLM did not rank: the LLM is not available." in page
     assert "It ranked nothing." in page
 
 

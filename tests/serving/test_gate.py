@@ -6,9 +6,9 @@ import socket
 import httpx
 import uvicorn
 
+from owlrec.apps import laptop
+from owlrec.serving import guard as process_gate
 from owlrec.serving.guard import Gate, GateMiddleware
-from serve_apps import gate as of_process
-from serve_apps import laptop
 
 
 class Application:
@@ -83,10 +83,10 @@ def test_it_is_open_until_it_is_narrowed():
 
 
 def test_serve_is_given_the_gate_of_its_process():
-    [middleware] = of_process.middlewares()
+    [middleware] = process_gate.middlewares()
     assert middleware.cls is GateMiddleware
-    assert middleware.kwargs == {"gate": of_process.GATE}
-    assert laptop._ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "serve_apps.gate:middlewares"
+    assert middleware.kwargs == {"gate": process_gate.GATE}
+    assert laptop._ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "owlrec.serving.guard:middlewares"
 
 
 def test_an_answer_does_not_wait_for_its_head_to_be_acknowledged():
@@ -108,7 +108,7 @@ def test_an_answer_does_not_wait_for_its_head_to_be_acknowledged():
         await asyncio.sleep(0.05)
         await server.shutdown([listening])
 
-    of_process.middlewares()
+    process_gate.middlewares()
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)  # as Serve makes its own
     listening.bind(("127.0.0.1", 0))
     asyncio.run(scenario(listening))

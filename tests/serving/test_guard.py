@@ -8,9 +8,8 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from owlrec.serving.guard import Guard, Limits
+from owlrec.serving.guard import Guard, Limits, Problem, install_problem_handlers
 from owlrec.serving.keys import KeyRing, new_key
-from owlrec.serving.problems import Problem, install_problem_handlers
 
 KEY, LINE = new_key("shop")
 
@@ -155,7 +154,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_held(chunked):
             read.clear()
             check_problem(await web.post("/echo", content=body(500)), 413, "1,000 bytes")
             assert len(read) <= 12
-            check_problem(await web.post("/echo", headers={"content-length": "-1"}, content=b""), 400, "no number")
+            check_problem(await web.post("/echo", headers={"content-length": "-1"}, content=b""), 400, "not a number")
 
     run(scenario())
 
@@ -217,7 +216,7 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_place():
 def test_errors_have_one_shape_and_tell_nothing(caplog):
     async def scenario():
         async with client(guarded()) as web:
-            body = check_problem(await web.get("/broken"), 500, "our side")
+            body = check_problem(await web.get("/broken"), 500, "server error")
             assert "secret" not in json.dumps(body)
             response = await web.get("/problem")
             assert check_problem(response, 418)["errors"] == [{"field": "drink", "message": "no coffee"}]
@@ -244,7 +243,7 @@ def test_request_ids_are_kept_or_made():
     run(scenario())
 
 
-def test_the_log_has_a_line_a_request_and_names_no_user(caplog):
+def test_the_log_has_a_line_per_request_and_names_no_user(caplog):
     caplog.set_level(logging.INFO, "owlrec.serving.access")
     recorder = Recorder()
 

@@ -55,7 +55,7 @@ def test_keys_rotate_without_a_restart(tmp_path):
     assert ring.required
 
 
-def test_the_file_is_read_once_a_second_at_most(tmp_path, monkeypatch):
+def test_the_file_is_read_at_most_once_per_second(tmp_path, monkeypatch):
     monkeypatch.setattr(keys_module, "_LOOK_AGAIN_S", 60.0)
     (old, old_line), (new, new_line) = new_key("a"), new_key("b")
     write(tmp_path / "keys", old_line)
@@ -75,7 +75,7 @@ def test_keys_may_come_as_text():
 
 @pytest.mark.parametrize("line", ["secret", "a b c", f"name {'0' * 32} {'0' * 63}", f"na:me {'0' * 32} {'0' * 64}"])
 def test_a_broken_line_is_named_and_not_repeated(line):
-    with pytest.raises(ServingError, match="keys, line 3: not a key") as error:
+    with pytest.raises(ServingError, match="keys, line 3: ") as error:
         parse_keys(f"\n# c\n{line}", "keys")
     assert line not in str(error.value)
 
@@ -84,12 +84,12 @@ def test_what_cannot_be_meant_is_refused(tmp_path):
     _, line = new_key("twice")
     with pytest.raises(ServingError, match="line 2: the name 'twice' occurs twice"):
         parse_keys(f"{line}\n{line}", "keys")
-    with pytest.raises(ServingError, match="cannot name a key"):
+    with pytest.raises(ServingError, match="valid key name"):
         new_key("two words")
     with pytest.raises(ServingError, match="cannot be read"):
         KeyRing(tmp_path / "absent")
     (tmp_path / "empty").touch()
-    with pytest.raises(ServingError, match="holds no key"):
+    with pytest.raises(ServingError, match="has no keys"):
         KeyRing(tmp_path / "empty")
 
 
@@ -98,5 +98,5 @@ def test_without_keys_only_loopback_may_be_bound():
     for host in ("127.0.0.1", "localhost", "::1", "127.8.9.1", None):
         assert check_binding(host, KeyRing()) is None
     for host in ("0.0.0.0", "::", "10.0.0.7", "example.org", "127.0.0.1.evil.org", "localhost.evil.org"):
-        assert "no API key is asked for" in check_binding(host, KeyRing())
+        assert "no API key" in check_binding(host, KeyRing())
         assert check_binding(host, keyed) is None

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from owlrec.errors import StoreUnavailableError
 from owlrec.releases import current_release, roll_back
 from owlrec.serving.keys import KeyRing, new_key
-from owlrec.serving.similar import SimilarEntities
+from owlrec.serving.served import SimilarEntities
 from owlrec.workspace import Workspace
 
 BATCH, SIMILAR = "/v1/knowledge:batchGet", "/v1/knowledge:similar"
@@ -111,7 +111,7 @@ def test_similar_entities(web):
     assert [r["id"] for r in cohort] == [2, 1]
 
 
-def test_the_release_in_force_is_described(web, workspace):
+def test_the_release_in_use_is_described(web, workspace):
     body = web.get("/v1/releases/current").json()
     assert body["release"] == current_release(workspace)
     assert body["knowledge"] == {"user": 2, "item": 1, "cohort": 1}
@@ -208,7 +208,7 @@ def test_no_release_is_not_ready_and_becomes_so(tmp_path):
     with TestClient(app, base_url=LOCAL) as web:
         assert web.get("/healthz").status_code == 200
         assert web.get("/readyz").status_code == 503
-        assert "nothing was published" in web.get("/readyz").json()["problem"]
+        assert "nothing has been published" in web.get("/readyz").json()["problem"]
         refused = web.get("/v1/knowledge/user/1")
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
         name = publish_world(workspace, "first")
@@ -255,7 +255,7 @@ def test_swaps_and_roll_backs_are_seen_and_never_mixed(tmp_path):
         assert seen == {"first", "second"}
 
 
-def test_a_release_that_cannot_be_opened_leaves_the_old_one_in_force(tmp_path):
+def test_a_release_that_cannot_be_opened_leaves_the_old_one_in_use(tmp_path):
     workspace = Workspace(tmp_path / "ws")
     first = publish_world(workspace, "first")
     app, served = knowledge_app(workspace, tmp_path / "indexes", refresh_s=60)

@@ -21,11 +21,7 @@ from owlrec.releases.redis import RedisReleases, push, roll_back_redis
 from owlrec.serving.keys import new_key
 from owlrec.workspace import Workspace
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.usefixtures("ray_local"),
-    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # of Ray Serve 2.60 itself
-]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 BATCH = "/v1/knowledge:batchGet"
 ASKED = {"kind": "user", "ids": [1, 5], "fields": ["text"]}
 
@@ -55,7 +51,7 @@ def deploy(base, workspace, monkeypatch, tmp_path):
     """Deploys the application with given arguments; its address."""
     from ray import serve
 
-    from serve_apps.knowledge import KnowledgeArgs, app
+    from owlrec.apps.knowledge import KnowledgeArgs, app
 
     def deploy(**args):
         settings = {"workspace": workspace.path(), "num_cpus": 0.1, "refresh_s": 0.05, **args}
@@ -251,15 +247,15 @@ def test_requests_are_logged_by_route_and_name_nobody(deploy):
 
 
 def test_off_loopback_without_keys_no_replica_starts(ray_local, monkeypatch):
+    from owlrec.apps import knowledge
     from owlrec.errors import ServingError
     from owlrec.serving.keys import KeyRing
-    from serve_apps import binding
 
     class Client:
         class http_config:
             host = "0.0.0.0"
 
-    monkeypatch.setattr(binding.context, "_get_global_client", Client)
-    with pytest.raises(ServingError, match="no API key is asked for"):
-        binding.refuse_open_binding(KeyRing())
-    binding.refuse_open_binding(KeyRing(text=new_key("a")[1]))
+    monkeypatch.setattr(knowledge.context, "_get_global_client", Client)
+    with pytest.raises(ServingError, match="no API key"):
+        knowledge.refuse_open_binding(KeyRing())
+    knowledge.refuse_open_binding(KeyRing(text=new_key("a")[1]))

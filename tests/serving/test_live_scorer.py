@@ -17,13 +17,12 @@ from live_world import (  # type: ignore[import-not-found]
     write_live_world,
 )
 
-from owlrec.ctr.artifact import read_card
-from owlrec.ctr.knowledge import Arm
-from owlrec.ctr.scoring import Artifact, FieldCache, User
+from owlrec.ctr.artifact import CtrArtifact, FieldCache, User, read_card
+from owlrec.ctr.knowledge_tables import Arm
 from owlrec.errors import ReleaseError
 from owlrec.releases import Release, open_release, roll_back
-from owlrec.serving.live import LiveScorer, ScoredRelease, live_state
-from owlrec.serving.problems import Problem
+from owlrec.serving.guard import Problem
+from owlrec.serving.rank_api import LiveScorer, ScoredRelease, live_state
 from owlrec.serving.served import WorkspaceReleases
 from owlrec.workspace import Workspace, write_tombstones
 
@@ -38,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> LiveWorld:
 
 def scorer_of(world: LiveWorld) -> LiveScorer:
     """Not yet looking at any release."""
-    return LiveScorer(Artifact.open(world.workspace, world.folder), WorkspaceReleases(world.workspace))
+    return LiveScorer(CtrArtifact.open(world.workspace, world.folder), WorkspaceReleases(world.workspace))
 
 
 def change() -> Contents:
@@ -103,13 +102,13 @@ def test_a_forgotten_user_is_ranked_for_as_somebody_unknown(workspace: Workspace
     live = scorer_of(made)
     live.served.refresh()
     unknown, before = live.score(User(), CANDIDATES), live.score(6, CANDIDATES)
-    told = User(6, [1, 2], profile={"gender": "F"})
-    with_history = live.score(replace(told, user_id=None), CANDIDATES)
+    known_user = User(6, [1, 2], profile={"gender": "F"})
+    with_history = live.score(replace(known_user, user_id=None), CANDIDATES)
     assert not np.array_equal(before, unknown)
     write_tombstones(workspace, np.array([6]))
     assert live.served.refresh()
     assert live.score(6, CANDIDATES).tolist() == unknown.tolist()
-    assert live.score(told, CANDIDATES).tolist() == with_history.tolist()
+    assert live.score(known_user, CANDIDATES).tolist() == with_history.tolist()
     assert live.score(7, CANDIDATES).tolist() != unknown.tolist()
 
 
@@ -117,8 +116,8 @@ def test_a_history_in_the_request_takes_the_place_of_the_releases(world: LiveWor
     live = scorer_of(world)
     live.served.refresh()
     rows = first_contents().behaviors[9]
-    told = User(9, [r[1] for r in rows], [r[2] for r in rows], [r[2] is not None or r[3] > 0 for r in rows])
-    assert live.score(told, CANDIDATES).tolist() == live.score(9, CANDIDATES).tolist()
+    known_user = User(9, [r[1] for r in rows], [r[2] for r in rows], [r[2] is not None or r[3] > 0 for r in rows])
+    assert live.score(known_user, CANDIDATES).tolist() == live.score(9, CANDIDATES).tolist()
     assert live.score(User(9, []), [1, 2]).tolist() != live.score(9, [1, 2]).tolist()
     assert live.score(User(9, []), []).tolist() == []
 
@@ -145,10 +144,10 @@ def test_a_release_of_another_encoder_is_refused_and_the_one_before_stays(worksp
 
 def test_a_release_of_other_codebooks_is_refused_by_a_model_that_reads_codes(workspace: Workspace) -> None:
     made = write_live_world(workspace, "knowledge+codes")
-    artifact = Artifact.open(workspace, made.folder)
+    artifact = CtrArtifact.open(workspace, made.folder)
     assert artifact.card.reads is not None
-    assert artifact.card.reads.codebooks == {k: q.fingerprint for k, q in made.quantisers.items()}
-    made.quantisers["item"], made.quantisers["user"] = made.quantisers["user"], made.quantisers["item"]  # type: ignore[index]
+    assert artifact.card.reads.codebooks == {k: q.fingerprint for k, q in made.quantizers.items()}
+    made.quantizers["item"], made.quantizers["user"] = made.quantizers["user"], made.quantizers["item"]  # type: ignore[index]
     made.publish(first_contents(), "other")
     with open_release(workspace) as release, pytest.raises(ReleaseError, match="user codes of codebooks"):
         live_state(artifact, release)
@@ -197,7 +196,7 @@ def test_an_object_store_gives_the_scores_of_a_local_disk(world: LiveWorld, s3_r
     for path in world.workspace.entries():
         remote.write_bytes(path, world.workspace.read_bytes(path))
     local = scorer_of(world)
-    live = LiveScorer(Artifact.open(remote, world.folder), WorkspaceReleases(remote))
+    live = LiveScorer(CtrArtifact.open(remote, world.folder), WorkspaceReleases(remote))
     for scorer in (local, live):
         assert scorer.served.refresh()
     for user in (1, 6):
@@ -212,8 +211,8 @@ def test_a_cache_makes_each_id_once_and_forgets_the_first_that_came() -> None:
         return np.stack([ids, ids * 10], axis=1).astype(np.float32)
 
     for ids in ([1, 2, 1], [2, 3], [4, 5], [1, 5, 3], list(range(10, 17))):
-        found = cache.gather(np.array(ids), make)
-        assert found.tolist() == [[i, i * 10] for i in ids]
+        fields = cache.gather(np.array(ids), make)
+        assert fields.tolist() == [[i, i * 10] for i in ids]
     assert asked == [[1, 2], [3], [4, 5], [1], list(range(10, 17))]
     assert len(cache) == 4
     copied = cache.without(np.array([10, 12]))
@@ -224,7 +223,7 @@ def test_a_cache_makes_each_id_once_and_forgets_the_first_that_came() -> None:
 def test_a_release_is_closed_where_it_is_refused(world: LiveWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = []
     monkeypatch.setattr(Release, "close", lambda self: closed.append(self.name))
-    monkeypatch.setattr("owlrec.serving.live.live_state", lambda *_: 1 / 0)
+    monkeypatch.setattr("owlrec.serving.rank_api.live_state", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         scorer_of(world).served.refresh()
     assert len(closed) == 1

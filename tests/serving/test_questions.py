@@ -8,16 +8,14 @@ import pyarrow as pa
 import pytest
 from served_world import served_behaviors
 
-from owlrec.ranking.experiment import RankingConfig
-from owlrec.ranking.retrieval import SET_SIZE, BehaviourRetriever, with_candidates
-from owlrec.ranking.samples import Shown, ask_about
+from owlrec.ranking.behavior_retrieval import SET_SIZE, BehaviorRetriever, with_candidates
+from owlrec.ranking.samples import RankingConfig, Shown, ask_about
 from owlrec.scenario import get_scenario
 from owlrec.schema import INTERACTIONS
 from owlrec.serving.questions import QuestionWriter, WorkspaceTables, recent_of
 from owlrec.serving.schemas import Rank
-from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import Labels, with_outcomes
-from owlrec.sources.splits import SplitConfig, build_samples
+from owlrec.sources.splits import ItemCatalog, SplitConfig, build_samples
 from owlrec.workspace import Workspace
 
 N_USERS, N_ITEMS, NOW = 8, 60, 1000
@@ -55,13 +53,13 @@ def writer(workspace: Workspace, config: RankingConfig) -> QuestionWriter:
     served = served_behaviors(workspace, interactions, SPLIT)
     workspace.write_table("users", USERS, key="user_id", n_shards=2)
     workspace.write_table("items", ITEMS, key="item_id", n_shards=1)
-    retriever = BehaviourRetriever(np.arange(N_ITEMS), VECTORS)
+    retriever = BehaviorRetriever(np.arange(N_ITEMS), VECTORS)
     return QuestionWriter(WorkspaceTables(workspace), retriever, MOVIES, config, recent_of(served), count)
 
 
 def configured(retrieved_for: str, shown: Shown, k: int = 5) -> RankingConfig:
-    data = {"behaviours": k, "shown": [shown]}
-    return RankingConfig.model_validate({"data": data, "prompt": {"retrieved_for": retrieved_for}})
+    data = {"behaviors": k, "shown": [shown]}
+    return RankingConfig.model_validate({"data": data, "retrieved_for": retrieved_for})
 
 
 def asked_of_samples(config: RankingConfig) -> dict[tuple[int, int], tuple[str, str]]:
@@ -77,11 +75,11 @@ def asked_of_samples(config: RankingConfig) -> dict[tuple[int, int], tuple[str, 
         with_candidates(samples, samples, np.arange(N_ITEMS)),
         USERS,
         ItemCatalog(ITEMS),
-        BehaviourRetriever(np.arange(N_ITEMS), VECTORS),
+        BehaviorRetriever(np.arange(N_ITEMS), VECTORS),
         MOVIES,
         config.prompt,
         count,
-        k=config.data.behaviours,
+        k=config.data.behaviors,
         ways=config.data.shown,
     ).rows
     return {(row["user_id"], row["item_id"]): (row["system"], row["text"]) for row in rows.to_pylist()}
@@ -102,7 +100,7 @@ def test_a_request_is_asked_what_its_samples_were(
             assert (question[1] == "") == (TITLES[item] is None)
 
 
-def behaviours_of(text: str) -> list[str]:
+def behaviors_of(text: str) -> list[str]:
     return re.findall(r"^\d+\. (.*)$", text, re.MULTILINE)
 
 
@@ -112,20 +110,20 @@ def test_candidates_of_a_request_share_all_but_their_title(workspace: Workspace)
         questions = writer(workspace, configured(retrieved_for, "retrieved")).write(
             Rank(user_id=0, candidates=candidates), candidates
         )
-        shown = {tuple(behaviours_of(text)) for _, text in questions if text}
+        shown = {tuple(behaviors_of(text)) for _, text in questions if text}
         assert len(shown) <= different
         assert (len(shown) == 1) == (retrieved_for == "set")
 
 
 def test_a_history_that_comes_with_a_request_is_retrieved_from(workspace: Workspace) -> None:
     """Items 1 and 2 are nearest to nothing that user 0 did; told, they are shown and no other."""
-    told: list[Any] = [{"item_id": 1, "taken": True}, {"item_id": 2, "taken": False}, {"item_id": 3, "rating": 4.0}]
-    asked = Rank.model_validate({"user_id": 0, "history": told, "candidates": [50, 51]})
+    history: list[Any] = [{"item_id": 1, "taken": True}, {"item_id": 2, "taken": False}, {"item_id": 3, "rating": 4.0}]
+    asked = Rank.model_validate({"user_id": 0, "history": history, "candidates": [50, 51]})
     questions = writer(workspace, configured("set", "retrieved")).write(asked, [50, 51])
-    assert [behaviours_of(text) for _, text in questions] == [['"Film 1"', '"Film 3" 4 stars']] * 2
+    assert [behaviors_of(text) for _, text in questions] == [['"Film 1"', '"Film 3" 4 stars']] * 2
 
 
-def test_nobody_known_is_asked_about_without_behaviours(workspace: Workspace) -> None:
+def test_nobody_known_is_asked_about_without_behaviors(workspace: Workspace) -> None:
     questions = writer(workspace, configured("set", "retrieved")).write(Rank(user_id=99, candidates=[50]), [50])
     assert "Nothing is known" in questions[0][1]
     assert writer(workspace, configured("set", "retrieved")).write(Rank(user_id=0, candidates=[50]), []) == []

@@ -13,25 +13,20 @@ from processes import free_port
 from release_rows import Rows, tables
 
 from owlrec import schema
-from owlrec.ctr.artifact import ModelCard, finish_artifact, write_artifact
+from owlrec.ctr.artifact import CtrArtifact, ModelCard, finish_artifact, write_artifact
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
 from owlrec.ctr.features import build_features
-from owlrec.ctr.scoring import Artifact
 from owlrec.ctr.trainer import TrainingData, export_trial, train_one, write_vocabularies
-from owlrec.releases import ReleaseInfo, current_release, publish
-from owlrec.serving.guard import NoTelemetry
-from owlrec.serving.live import LiveScorer
-from owlrec.serving.problems import Problem
+from owlrec.releases import current_release
+from owlrec.releases.build import ReleaseInfo, publish
+from owlrec.serving.guard import NoTelemetry, Problem
+from owlrec.serving.rank_api import LiveScorer
 from owlrec.serving.schemas import Rank
 from owlrec.serving.served import WorkspaceReleases
 from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.usefixtures("ray_local"),
-    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # of Ray Serve 2.60 itself
-]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 USERS, ITEMS = 60, 20
 
 
@@ -91,7 +86,7 @@ def served(ray_local, tmp_path_factory):
     """The address, the workspace, the artifacts, and a function that deploys with one of them."""
     from ray import serve
 
-    from serve_apps.rank import RankArgs, rank_application
+    from owlrec.apps.rank import RankArgs, rank_application
 
     workspace = Workspace(tmp_path_factory.mktemp("rank") / "ws")
     folders = write_artifacts(workspace)
@@ -110,7 +105,7 @@ def served(ray_local, tmp_path_factory):
 
 def own_scores(workspace, folder):
     """What the scorer of an artifact says of user 55 over the current release."""
-    scorer = LiveScorer(Artifact.open(workspace, folder), WorkspaceReleases(workspace))
+    scorer = LiveScorer(CtrArtifact.open(workspace, folder), WorkspaceReleases(workspace))
     assert scorer.served.refresh()
     try:
         return scorer.score(55, range(ITEMS))
@@ -130,8 +125,8 @@ def kill(deployment):
     import ray
 
     actors = ray.util.list_named_actors(all_namespaces=True)
-    found = next(a for a in actors if a["name"].startswith(f"SERVE_REPLICA::rank#{deployment}#"))
-    ray.kill(ray.get_actor(found["name"], namespace=found["namespace"]), no_restart=True)
+    actor = next(a for a in actors if a["name"].startswith(f"SERVE_REPLICA::rank#{deployment}#"))
+    ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=True)
 
 
 def order(answer):
@@ -227,7 +222,7 @@ def test_another_model_is_deployed_in_its_place(served):
 
 def test_a_replica_takes_in_another_model_without_a_restart(served):
     """What Serve calls where only `user_config` of its configuration has changed."""
-    from serve_apps.rank import CtrModel
+    from owlrec.apps.rank import CtrModel
 
     _, workspace, folders, _ = served
     asked = Rank(user_id=55, candidates=list(range(ITEMS)))
@@ -247,7 +242,7 @@ def test_a_replica_takes_in_another_model_without_a_restart(served):
 
 
 def test_a_release_of_another_encoder_is_not_ready(ray_local, tmp_path):
-    from serve_apps.rank import CtrModel
+    from owlrec.apps.rank import CtrModel
 
     workspace = Workspace(tmp_path / "ws")
     (folder, _) = write_artifacts(workspace)
@@ -262,6 +257,6 @@ def test_a_release_of_another_encoder_is_not_ready(ray_local, tmp_path):
             await model.score(Rank(user_id=55, candidates=[1, 2]), [1, 2])
         return model.problem()
 
-    found = asyncio.run(problem())
-    assert current_release(workspace) in found
-    assert "minilm@256" in found
+    reason = asyncio.run(problem())
+    assert current_release(workspace) in reason
+    assert "minilm@256" in reason

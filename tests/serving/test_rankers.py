@@ -5,7 +5,7 @@ import pytest
 
 from owlrec.errors import EngineError, WorkspaceError
 from owlrec.evaluation import PlattScaling, save_calibration
-from owlrec.ranking.tuning import Progress, save_adapter
+from owlrec.ranking.lora import TuningProgress, save_adapter
 from owlrec.serving.rank_api import open_ranker
 
 MADE_FOR = {"model": "tiny:1", "wording": "w" * 64}
@@ -20,7 +20,7 @@ def opened(workspace, shown="retrieved", **choice):
 @pytest.fixture
 def tuned(workspace):
     """A workspace with an adapter, and a calibration for one way of asking beside it."""
-    save_adapter(workspace, "ranking/ab/adapter", b"weights", {"r": 8}, **MADE_FOR, progress=Progress())
+    save_adapter(workspace, "ranking/ab/adapter", b"weights", {"r": 8}, **MADE_FOR, progress=TuningProgress())
     save_calibration(workspace, "ranking/ab/calibration-tuned-retrieved.json", PLATT)
     save_calibration(workspace, "ranking/ab/calibration-zero-shot-retrieved.json", FLAT)
     return workspace

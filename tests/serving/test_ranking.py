@@ -7,9 +7,8 @@ import time
 import pytest
 from starlette.testclient import TestClient
 
-from owlrec.serving.guard import Limits, NoTelemetry
+from owlrec.serving.guard import Limits, NoTelemetry, Problem
 from owlrec.serving.keys import KeyRing
-from owlrec.serving.problems import Problem
 from owlrec.serving.rank_api import Cascade, build_rank_api
 from owlrec.serving.schemas import Rank
 
@@ -66,7 +65,8 @@ def test_a_cascade_asks_the_llm_about_the_head_alone():
     assert ids(answer) == [3, 4, 2, 5, 1]
     assert [r.by for r in answer.results] == ["llm", "llm", "llm", "ctr", "ctr"]
     assert [r.score for r in answer.results] == [0.8, 0.6, 0.3, 0.2, 0.1]
-    assert [(r.why.ctr_place, r.why.ctr_score, r.why.llm_score) for r in answer.results[:4]] == [
+    explanations = [r.explanation for r in answer.results[:4]]
+    assert [(e.ctr_place, e.ctr_score, e.llm_score) for e in explanations] == [
         (2, 0.5, 0.8), (3, 0.5, 0.6), (1, 0.9, 0.3), (4, 0.2, None),
     ]  # fmt: skip
     assert not answer.degraded
@@ -82,7 +82,7 @@ def test_the_llm_may_share_the_say_with_the_ctr_model():
     assert [(r.id, r.by, round(r.score, 6)) for r in answer.results[:3]] == [
         (2, "llm", 0.75), (3, "llm", 0.575), (4, "llm", 0.525),
     ]  # fmt: skip
-    assert [r.why.llm_score for r in answer.results[:3]] == [0.3, 0.8, 0.6]
+    assert [r.explanation.llm_score for r in answer.results[:3]] == [0.3, 0.8, 0.6]
     without = ranked(Table({2: 0.5}), Table({2: 0.4, 3: 0.9}), mode="llm", llm_weight=0.5)
     assert [(r.id, r.score) for r in without.results[:2]] == [(3, 0.9), (2, 0.45)]  # 3 has no CTR score to mix in
 
@@ -116,7 +116,7 @@ def test_what_the_ctr_model_cannot_score_comes_last_and_without_a_score():
     answer = ranked(Table({2: 0.5, 5: 0.6}), explain=True)
     assert ids(answer) == [5, 2, 1, 3, 4]
     assert [r.score for r in answer.results] == [0.6, 0.5, None, None, None]
-    assert answer.results[2].why.ctr_score is None
+    assert answer.results[2].explanation.ctr_score is None
 
 
 @pytest.mark.parametrize("ctr", [Table(CTR, seconds=60), Table(CTR, error=RuntimeError("secret"))])
@@ -146,7 +146,7 @@ def test_over_http(web):
     answer = web.post("/v1/rank", json=GOOD | {"mode": "cascade"}).json()
     assert [r["id"] for r in answer["results"]] == [2, 1]
     assert answer["reason"] == "no LLM is deployed"
-    assert "why" not in answer["results"][0]
+    assert "explanation" not in answer["results"][0]
     assert web.get("/readyz").json()["status"] == "ready"
     inline = {"history": [{"item_id": 3, "rating": 5}, {"item_id": 4}], "profile": {"age": "30"}, "candidates": [1]}
     assert web.post("/v1/rank", json=inline).status_code == 200

@@ -6,7 +6,7 @@ import pytest
 from served_world import served_behaviors
 
 from owlrec.schema import INTERACTIONS
-from owlrec.serving.problems import Problem
+from owlrec.serving.guard import Problem
 from owlrec.serving.questions import Recent, recent_of
 from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.sources.outcomes import Labels, with_outcomes
@@ -37,15 +37,15 @@ def test_of_a_forgotten_user_nothing_is_told(workspace: Workspace) -> None:
 
 
 def test_the_latest_that_were_taken_come_last(workspace: Workspace) -> None:
-    told = recent(workspace, SplitConfig(history_length=4))
-    assert told(1) == [(13, None), (15, None)]  # of the last four two were passed over
-    assert told(2) == []
-    assert told(3) == []
+    recent_of_user = recent(workspace, SplitConfig(history_length=4))
+    assert recent_of_user(1) == [(13, None), (15, None)]  # of the last four two were passed over
+    assert recent_of_user(2) == []
+    assert recent_of_user(3) == []
 
 
 def test_what_was_passed_over_takes_no_place_where_the_split_leaves_it_out(workspace: Workspace) -> None:
-    told = recent(workspace, SplitConfig(history_length=3, passed_over=False))
-    assert told(1) == [(11, None), (13, None), (15, None)]
+    recent_of_user = recent(workspace, SplitConfig(history_length=3, passed_over=False))
+    assert recent_of_user(1) == [(11, None), (13, None), (15, None)]
 
 
 def test_nothing_is_told_before_a_release_is_there(workspace: Workspace) -> None:

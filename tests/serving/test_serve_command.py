@@ -46,15 +46,16 @@ def test_off_loopback_without_keys_it_refuses_to_start(workspace, monkeypatch):
     monkeypatch.delenv("OWLREC_API_KEYS", raising=False)
     refused = CliRunner().invoke(app, ["serve", workspace.path(), "--host", "0.0.0.0"])
     assert refused.exit_code == 1
-    assert "no API key is asked for" in refused.stderr
+    assert "no API key" in refused.stderr
 
 
 def test_an_artifact_that_is_not_there_is_said_before_anything_starts(workspace):
     refused = CliRunner().invoke(app, ["serve", workspace.path(), "--artifact", "models/none"])
     assert refused.exit_code == 1
-    assert "no finished artifact is there. `owlrec ctr export` writes one" in refused.stderr
+    assert "`owlrec ctr export`" in refused.stderr
 
 
+@pytest.mark.process
 @needs_redis
 def test_push_and_roll_back(workspace, tmp_path):
     with redis_server(tmp_path) as url:

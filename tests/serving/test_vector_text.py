@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
-from owlrec.serving.similar import vectors_as_bytes, vectors_as_json
+from owlrec.serving.served import vectors_as_bytes, vectors_as_json
 
 
 @given(stn.arrays(np.float16, st.tuples(st.integers(0, 4), st.integers(1, 6))))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from owlrec.errors import SchemaError, SourceError
-from owlrec.schema import stable_id
-from owlrec.sources.amazon import AmazonSource
+from owlrec.ids import stable_id
+from owlrec.sources.datasets import AmazonSource
 
 T = 1_400_000_000
 
@@ -135,15 +135,15 @@ def test_core_filter_runs_until_stable(tmp_path: Path) -> None:
 
 
 def test_core_filter_that_leaves_nothing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SchemaError, match=r"no interaction is left with source\.user_core 3 and item_core 0"):
+    with pytest.raises(SchemaError, match=r"no interactions are left with source\.user_core 3 and item_core 0"):
         source(tmp_path, [review18("A1", "B1")], user_core=3).load()
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ('{"reviewerID": "A1", ', r"reviews\.jsonl, line 3: the line is no JSON"),
-        ("[1]", r"line 3: the line holds no JSON object"),
+        ('{"reviewerID": "A1", ', r"reviews\.jsonl, line 3: the line is not valid JSON"),
+        ("[1]", r"line 3: the line is not a JSON object"),
         (review18("A1", "B1", overall="five"), r"line 3: overall is 'five', not a number"),
         (review18("A1", "B1", unixReviewTime=None), r"line 3: unixReviewTime is None, not a number"),
         (review18("A1", "B1", reviewerID=7), r"line 3: reviewerID is 7, not an id"),
@@ -158,9 +158,9 @@ def test_bad_review_lines_are_named(tmp_path: Path, bad: Any, message: str) -> N
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ([{"asin": "B1"}, "{'asin': 'B2'}"], r"meta\.jsonl, line 2: the line is no JSON"),
+        ([{"asin": "B1"}, "{'asin': 'B2'}"], r"meta\.jsonl, line 2: the line is not valid JSON"),
         ([{"asin": "B1"}, {"title": "x"}], r"meta\.jsonl, line 2: asin is None"),
-        ([{"title": "x"}], r"meta\.jsonl, line 1: .*hold neither asin nor parent_asin"),
+        ([{"title": "x"}], r"meta\.jsonl, line 1: .*neither asin nor parent_asin"),
         ([""], r"meta\.jsonl: the file has no lines"),
     ],
 )
@@ -169,8 +169,8 @@ def test_bad_metadata_lines_are_named(tmp_path: Path, metadata: list[Any], messa
         source(tmp_path, [review18("A1", "B1")], metadata).load()
 
 
-def test_swapped_files_are_recognised(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"line 1: the fields asin, title are neither.*Swap source.reviews"):
+def test_swapped_files_are_recognized(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"line 1: the fields asin, title match neither.*source.reviews"):
         source(tmp_path, [{"asin": "B1", "title": "One"}]).load()
 
 

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pytest
 
 from owlrec.errors import SchemaError, SourceError
-from owlrec.sources.movielens import MovieLens100KSource, MovieLensSource
+from owlrec.sources.datasets import MovieLens100KSource, MovieLensSource
 
 RATINGS_1M = "1::1193::5::978300760\n1::661::3::978302109\n2::1193::4::978298413\n"
 MOVIES_1M = "661::James and the Giant Peach (1996)::Animation|Children's\n1193::Misérables, Les (1995)::Drama\n"
@@ -151,15 +151,15 @@ def test_max_users_applies_to_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ratings": RATINGS_1M + "3::661::4\n"}, r"ratings\.dat, line 4: 3 fields where 4 are expected"),
+        ({"ratings": RATINGS_1M + "3::661::4\n"}, r"ratings\.dat, line 4: 3 fields, but 4 are expected"),
         ({"ratings": "1::661::five::978300760\n" + RATINGS_1M}, r"ratings\.dat, line 1: .*'five'"),
         ({"ratings": "\n" + RATINGS_1M + "2::661::::978300760\n"}, r"ratings\.dat, line 5: "),
         ({"ratings": "1:x:1193::5::978300760\n"}, r"ratings\.dat, line 1: "),
         ({"ratings": ""}, "holds none of"),
-        ({"movies": MOVIES_1M + "7::No Genre (1990)\n"}, r"movies\.dat, line 3: 2 fields where 3"),
+        ({"movies": MOVIES_1M + "7::No Genre (1990)\n"}, r"movies\.dat, line 3: 2 fields, but 3"),
         ({"movies": "\n"}, r"movies\.dat: the file has no rows"),
-        ({"movies": ""}, r"movies\.dat: there is no such file"),
-        ({"users": USERS_1M + "3::M\n"}, r"users\.dat, line 3: 2 fields where 5"),
+        ({"movies": ""}, r"movies\.dat: file not found"),
+        ({"users": USERS_1M + "3::M\n"}, r"users\.dat, line 3: 2 fields, but 5"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -172,7 +172,7 @@ def test_bad_lines_are_named(tmp_path: Path, changes: dict[str, Any], message: s
     [
         ("userId,movieId,rating,timestamp\n1,11,x,1\n", "", r"ratings\.csv, line 2: .*'x'"),
         ("1,11,4,964982703\n", "", r"ratings\.csv, line 1: the header is 1,11"),
-        ("", "movieId,title,genres\n11,a,b\n12,c\n", r"movies\.csv, line 3: 2 fields where 3"),
+        ("", "movieId,title,genres\n11,a,b\n12,c\n", r"movies\.csv, line 3: 2 fields, but 3"),
         ("", "id,title\n", r"movies\.csv, line 1: the header is id,title"),
     ],
 )
@@ -194,5 +194,5 @@ def test_rating_of_an_unlisted_movie_means_an_incomplete_folder(tmp_path: Path) 
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="ml-1m: there is no such folder"):
+    with pytest.raises(SourceError, match="ml-1m: folder not found"):
         MovieLensSource(type="movielens", path=str(tmp_path / "ml-1m")).load()

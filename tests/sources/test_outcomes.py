@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from owlrec.errors import SchemaError
 from owlrec.sources.outcomes import ANSWER_MS, LabelConfig, Labels, answered, drawn_negatives, taken, with_outcomes
@@ -15,14 +16,14 @@ COLUMNS = {"user_id": [1, 1, 2], "item_id": [5, 6, 5], "timestamp": [10, 20, 30]
 def resolved(columns: dict[str, list], **config: object) -> tuple[list, list]:
     table = pa.table({**COLUMNS, **columns})
     labels = Labels.of(LabelConfig.model_validate(config), columns, rating_above=3)
-    found = with_outcomes(table, labels, "log.csv", first_row=100)
-    return found["rating"].to_pylist(), found["label"].to_pylist()
+    labeled = with_outcomes(table, labels, "log.csv", first_row=100)
+    return labeled["rating"].to_pylist(), labeled["label"].to_pylist()
 
 
-def test_ratings_are_labelled_by_a_threshold() -> None:
+def test_ratings_are_labeled_by_a_threshold() -> None:
     assert resolved({"rating": [5, 3, 4]}) == ([5, 3, 4], [1, 0, 1])
-    assert resolved({"rating": [5, 3, 4]}, rating_above=4)[1] == [1, 0, 0]
-    np.testing.assert_allclose(resolved({"rating": [0.9, 0.2, 0.6]}, rating_above=0.5)[1], [1, 0, 1])
+    assert resolved({"rating": [5, 3, 4]}, rule={"rating_above": 4})[1] == [1, 0, 0]
+    np.testing.assert_allclose(resolved({"rating": [0.9, 0.2, 0.6]}, rule={"rating_above": 0.5})[1], [1, 0, 1])
 
 
 def test_labels_and_events_are_taken_as_logged() -> None:
@@ -32,11 +33,34 @@ def test_labels_and_events_are_taken_as_logged() -> None:
     assert resolved(graded) == ([4, None, None], [1, 0, 1])
 
 
+def test_negatives_are_a_number_or_a_way_to_draw_it() -> None:
+    for negatives, expected in ((3, (3, "uniform")), ({"popularity": 2}, (2, "popularity"))):
+        config = LabelConfig.model_validate({"rule": "positives_only", "negatives": negatives})
+        labels = Labels.of(config, [], rating_above=3)
+        assert (labels.negatives, labels.negatives_by) == expected
+    assert Labels.of(LabelConfig(negatives=3), ["rating"], rating_above=3).negatives == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rule": {}},
+        {"rule": {"column": 1}},
+        {"negatives": 0},
+        {"negatives": {"popularity": 0}},
+        {"negatives": {"uniform": 1, "popularity": 1}},
+    ],
+)
+def test_odd_rules_are_refused(wrong: dict) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        LabelConfig.model_validate(wrong)
+
+
 def test_weights_are_taken_as_they_stand_and_are_1_elsewhere() -> None:
     labels = Labels(rule="positives_only", rating_above=0)
     for columns, weights in (({"weight": [0, 2, 0.5]}, [0, 2, 0.5]), ({}, [1, 1, 1])):
-        found = with_outcomes(pa.table({**COLUMNS, **columns}), labels, "log.csv")["weight"]
-        assert (found.to_pylist(), found.type) == (weights, pa.float32())
+        column = with_outcomes(pa.table({**COLUMNS, **columns}), labels, "log.csv")["weight"]
+        assert (column.to_pylist(), column.type) == (weights, pa.float32())
 
 
 def test_positives_alone_count_how_often_where_they_say_so() -> None:
@@ -49,7 +73,7 @@ def test_positives_alone_count_how_often_where_they_say_so() -> None:
     [
         ({"label": [1, 0, 2]}, {}, r"log\.csv, row 102: the label is 2, but it must lie in \[0, 1\]"),
         ({"label": [1, None, 1]}, {}, r"row 101: the label is None, but it must lie in"),
-        ({"weight": [1, 0, -0.5]}, {}, r"log\.csv, row 102: the weight is -0\.5, but it must be a number"),
+        ({"weight": [1, 0, -0.5]}, {}, r"log\.csv, row 102: the weight is -0\.5, but it must be a non-negative number"),
         ({"weight": [1, None, 1]}, {}, r"row 101: the weight is None"),
         ({"weight": [float("inf"), 1, 1]}, {}, r"row 100: the weight is inf"),
         ({"event": ["click", "clik", "play"]}, {}, r"row 101: the event is 'clik'.*Did you mean 'click'"),
@@ -103,14 +127,14 @@ def test_a_negative_is_never_what_its_user_took(data: st.DataObject, how: str, k
     user, at = np.array(sorted(pairs)).T
     item, time = catalog[at], np.arange(len(user))
     labels = Labels(rule="positives_only", rating_above=3, negatives=k, negatives_by=how)
-    found = drawn_negatives(user, time, item, labels, took=(user, item), catalog=catalog)
-    assert found.shape == (len(user), k)
-    for who, drawn in zip(user.tolist(), found.tolist(), strict=True):
+    drawn_items = drawn_negatives(user, time, item, labels, took=(user, item), catalog=catalog)
+    assert drawn_items.shape == (len(user), k)
+    for who, drawn in zip(user.tolist(), drawn_items.tolist(), strict=True):
         took = set(item[user == who].tolist())
         left = set(catalog.tolist()) - took
         assert set(drawn) <= (left or {-1})  # who has taken everything has none
     again = drawn_negatives(user[::-1], time[::-1], item[::-1], labels, took=(user, item), catalog=catalog)
-    assert again[::-1].tolist() == found.tolist()
+    assert again[::-1].tolist() == drawn_items.tolist()
 
 
 def test_popular_items_are_drawn_more_often() -> None:
@@ -120,6 +144,6 @@ def test_popular_items_are_drawn_more_often() -> None:
     for how, low, high in (("uniform", 0.0, 0.06), ("popularity", 0.2, 0.7)):
         labels = Labels(rule="positives_only", rating_above=3, negatives=2, negatives_by=how)
         asked = np.flatnonzero(user < 200)
-        found = drawn_negatives(user[asked], asked, item[asked], labels, took=(user, item), catalog=catalog)
+        drawn = drawn_negatives(user[asked], asked, item[asked], labels, took=(user, item), catalog=catalog)
         free = ~np.isin(user[asked], user[item == 7])
-        assert low <= (found[free] == 7).mean() <= high
+        assert low <= (drawn[free] == 7).mean() <= high

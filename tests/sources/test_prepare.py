@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from owlrec.errors import OwlRecError, SchemaError, WorkspaceError
+from owlrec.ids import shard_of, stable_id
 from owlrec.recipe import Recipe
-from owlrec.runs import batch
-from owlrec.schema import INTERACTIONS, SAMPLES, shard_of, stable_id
+from owlrec.runs import stages
+from owlrec.schema import INTERACTIONS, SAMPLES
 from owlrec.shards import Artifact, Card, Claims, finished_stage
-from owlrec.sources import files, ingest, tabular
+from owlrec.sources import preparation, tabular
+from owlrec.sources import tabular as files
 from owlrec.sources.outcomes import LabelConfig, Labels, with_outcomes
 from owlrec.sources.preparation import table_files
 from owlrec.sources.raw import RawTables
@@ -32,9 +34,9 @@ N_USERS, N_ITEMS, N_FILES, ROWS = 120, 40, 6, 700
 def many_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fragments of 200 rows, groups of 500, buckets of 1,000 (8 of them): what 10^8 rows have in thousands."""
     monkeypatch.setattr(tabular, "FRAGMENT_ROWS", 200)
-    monkeypatch.setattr(ingest, "GROUP_ROWS", 500)
-    monkeypatch.setattr(ingest, "BUCKET_INTERACTIONS", 1000)
-    monkeypatch.setattr(ingest, "BUCKET_ITEMS", 20)
+    monkeypatch.setattr(preparation, "GROUP_ROWS", 500)
+    monkeypatch.setattr(preparation, "BUCKET_INTERACTIONS", 1000)
+    monkeypatch.setattr(preparation, "BUCKET_ITEMS", 20)
 
 
 def interactions(seed: int, ids: str) -> pa.Table:
@@ -71,7 +73,7 @@ def recipe(folder: Path, workspace: str | Path, split: dict[str, Any] | None = N
 
 def prepared(recipe: Recipe) -> tuple[Card, Workspace]:
     workspace = Workspace(recipe.workspace)
-    return batch.prepare(recipe, workspace), Workspace(recipe.workspace)
+    return stages.prepare(recipe, workspace), Workspace(recipe.workspace)
 
 
 def by_id(table: pa.Table, *keys: str) -> list[dict[str, Any]]:
@@ -87,7 +89,7 @@ def raw(folder: Path, **source: Any) -> RawTables:
     return loaded
 
 
-@pytest.mark.parametrize("split", [{}, {"method": "time"}, {"seed": 3, "ratios": [2, 1, 1], "history_length": 3}])
+@pytest.mark.parametrize("split", [{}, {"method": "time"}, {"ratios": [2, 1, 1], "history_length": 3}])
 def test_shards_hold_what_the_whole_holds(tmp_path: Path, split: dict[str, Any]) -> None:
     folder = write_source(tmp_path / "source")
     card, workspace = prepared(recipe(folder, tmp_path / "ws", split))
@@ -123,7 +125,7 @@ def test_fewer_shards_than_buckets(tmp_path: Path) -> None:
     few = recipe(folder, tmp_path / "few").model_copy(update={"shard_rows": 60})
     _, workspace = prepared(few)
     assert workspace.n_shards("user") == 2
-    assert ingest.read_grouping(workspace, f"ingest/{workspace.names('ingest')[0]}").user_buckets == 8  # type: ignore[union-attr]
+    assert preparation.read_grouping(workspace, f"ingest/{workspace.names('ingest')[0]}").user_buckets == 8  # type: ignore[union-attr]
     whole = raw(folder)
     assert by_id(workspace.read_table("users"), "user_id") == by_id(whole.users, "user_id")
     assert workspace.read_table("interactions").num_rows == N_FILES * ROWS
@@ -201,7 +203,7 @@ def test_a_repeated_id_is_named(tmp_path: Path, table: str) -> None:
     folder = write_source(tmp_path / "source")
     rows = pq.read_table(folder / f"{table}.parquet")
     pq.write_table(pa.concat_tables([rows, rows.slice(17, 1)]), folder / f"{table}.parquet", row_group_size=15)
-    with pytest.raises(SchemaError, match=rf"{table}\.parquet, row {len(rows)}: {table[:-1]}_id '.17' occurs a second"):
+    with pytest.raises(SchemaError, match=rf"{table}\.parquet, row {len(rows)}: {table[:-1]}_id '.17' is a duplicate"):
         prepared(recipe(folder, tmp_path / "ws"))
 
 
@@ -260,15 +262,15 @@ def test_weights_reach_the_samples_that_are_trained_on(tmp_path: Path) -> None:
         weights = np.random.default_rng(number).integers(0, 9, len(table)) / 4
         keys = (np.char.lstrip(table["item_id"].to_numpy().astype(str), "i"), table["timestamp"].to_numpy())
         write_log(folder, number, table.append_column("importance", pa.array(weights)))
-        for user, item, time, of in zip(table["user_id"].to_pylist(), *keys, weights, strict=True):
-            weight[int(user), stable_id(f"i{item}"), time] = of
+        for user, item, time, drawn_weight in zip(table["user_id"].to_pylist(), *keys, weights, strict=True):
+            weight[int(user), stable_id(f"i{item}"), time] = drawn_weight
     columns = {"interactions": {"weight": "importance"}}
     pq.write_table(pa.table({"user_id": [str(n) for n in range(N_USERS)]}), folder / "users.parquet")
     _, workspace = prepared(recipe(folder, tmp_path / "weighted", columns=columns))
     rows = workspace.read_table("samples").to_pylist()
     taken_at: dict[tuple[int, int], set[float]] = {}
-    for (user, _, time), of in weight.items():
-        taken_at.setdefault((user, time), set()).add(of)
+    for (user, _, time), drawn_weight in weight.items():
+        taken_at.setdefault((user, time), set()).add(drawn_weight)
     drawn = 0
     for row in rows:
         key = (row["user_id"], row["item_id"], row["timestamp"])
@@ -293,10 +295,10 @@ def test_what_is_refused_leaves_the_earlier_tables(tmp_path: Path) -> None:
     write_log(folder, 0, pa.concat_tables([interactions(0, "u"), interactions(0, "u").slice(5, 1)]))
     with pytest.raises(SchemaError, match=r"000\.parquet, row 700"):
         prepared(recipe(folder, tmp_path / "ws"))
-    with pytest.raises(SchemaError, match="all labels of the train split are the same"):
+    with pytest.raises(SchemaError, match="the train split has only one label"):
         prepared(
             recipe(write_source(tmp_path / "other"), tmp_path / "ws").model_copy(
-                update={"labels": LabelConfig(rating_above=9)}
+                update={"labels": LabelConfig(rule={"rating_above": 9})}
             )
         )
     assert {path: entry.sha256 for path, entry in table_files(workspace).items()} == contents
@@ -308,7 +310,7 @@ def test_two_preparations_at_once_are_refused(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "ws")
     other = Claims(workspace, "other")
     assert other.claim("claims/prepare")
-    with pytest.raises(WorkspaceError, match="prepare is running already"):
+    with pytest.raises(WorkspaceError, match="prepare is already running"):
         prepared(recipe(folder, tmp_path / "ws"))
     assert workspace.names() == ["claims"]
     other.close()
@@ -433,8 +435,8 @@ def test_globs_of_a_bucket(pattern: str, names: list[str]) -> None:
     bucket = Storage("memory://prepare-globs")
     for name in ("a/y.csv", "a/b/c/x.csv", "a/b/x.txt", "b/z.csv"):
         bucket.write_bytes(f"data/{name}", b"x")
-    found = files.input_files(f"memory://prepare-globs/data/{pattern}")
-    assert [file.path for file in found] == [f"memory://prepare-globs/data/{name}" for name in names]
+    listed = files.input_files(f"memory://prepare-globs/data/{pattern}")
+    assert [file.path for file in listed] == [f"memory://prepare-globs/data/{name}" for name in names]
 
 
 @pytest.mark.parametrize("path", ["iceberg:shop.sales.items", "delta:s3://lake/items"])
@@ -458,7 +460,7 @@ def test_a_delta_table_is_read_by_version(tmp_path: Path) -> None:
 def test_on_a_cluster_it_is_the_same(tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_source(tmp_path / "source")
     here, _ = prepared(recipe(folder, tmp_path / "here"))
-    monkeypatch.setattr(batch, "PREPARED_HERE", 0)
+    monkeypatch.setattr(stages, "PREPARED_HERE", 0)
     assert prepared(recipe(folder, tmp_path / "ray"))[0].fingerprint == here.fingerprint
     table = interactions(4, "u")
     write_log(folder, 4, pa.concat_tables([table, table.slice(9, 1)]))
@@ -467,9 +469,9 @@ def test_on_a_cluster_it_is_the_same(tmp_path: Path, ray_local: None, monkeypatc
 
 
 def test_movielens_does_not_need_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "ray_session", None)
+    monkeypatch.setattr(stages, "ray_session", None)
     values = {"name": "t", "scenario": "movies", "engine": {"type": "echo"}, "source": {"type": "movielens-100k"}}
-    values["split"] = {"cuts": "half", "kar_protocol": True}
+    values["split"] = {"cuts": "kar"}
     card, workspace = prepared(Recipe.model_validate({**values, "workspace": str(tmp_path)}))
     assert card.counts["samples"] == 76_329
     assert pc.sum(workspace.read_table("interactions")["rating"]).as_py() == 352_986

@@ -8,7 +8,7 @@ import pytest
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError
-from owlrec.schema import stable_id
+from owlrec.ids import stable_id
 from owlrec.sources.raw import RawTables, finish, input_file
 
 NAMES = {"users": "u.csv", "items": "i.csv", "interactions": "r.csv"}
@@ -89,9 +89,9 @@ def test_one_item_twice_at_different_times_is_allowed() -> None:
 
 
 def test_exact_double_is_refused_with_its_raw_ids() -> None:
-    doubled = interactions(["ann", "bob", "ann", "bob"], [1, 2, 1, 2], [T, T, T, T])
+    repeated = interactions(["ann", "bob", "ann", "bob"], [1, 2, 1, 2], [T, T, T, T])
     with pytest.raises(SchemaError, match=rf"r\.csv, row 2: user_id 'ann', item_id '1', timestamp {T} .*2 such rows"):
-        finished(interactions=doubled)
+        finished(interactions=repeated)
 
 
 def test_two_raw_ids_with_one_hash_are_refused() -> None:
@@ -127,17 +127,17 @@ def test_dropping_every_interaction_is_an_error() -> None:
     [
         (
             {"users": pa.table({"user_id": ["ann", "bob", "ann"]})},
-            r"u\.csv, row 2: user_id 'ann' occurs a second time",
+            r"u\.csv, row 2: user_id 'ann' is a duplicate",
         ),
         (
             {"items": pa.table({"item_id": [1, 1, 2], "title": ["a", "b", "c"]})},
-            r"i\.csv, row 1: item_id .1. occurs",
+            r"i\.csv, row 1: item_id .1. is a duplicate",
         ),
         ({"users": pa.table({"user_id": ["ann", None]})}, r"u\.csv, row 1: user_id is null"),
         ({"users": pa.table({"user_id": ["ann", ""]})}, r"u\.csv, row 1: user_id is empty"),
         ({"users": pa.table({"name": ["ann"]})}, r"u\.csv: column 'user_id' is missing; the table has name"),
-        ({"users": pa.table({"user_id": [["ann"]]})}, r"u\.csv: column 'user_id' is of type list"),
-        ({"users": pa.table({"user_id": ["ann"], "a": [{"b": 1}]})}, r"u\.csv: column 'a' is of type struct"),
+        ({"users": pa.table({"user_id": [["ann"]]})}, r"u\.csv: column 'user_id' has type list"),
+        ({"users": pa.table({"user_id": ["ann"], "a": [{"b": 1}]})}, r"u\.csv: column 'a' has type struct"),
         ({"items": pa.table({"item_id": [1, 2]})}, r"i\.csv: column 'title' is missing"),
         ({"items": pa.table({"item_id": pa.array([], pa.int64()), "title": pa.array([], pa.string())})}, "no rows"),
         ({"interactions": interactions(["ann", None], [1, 1], [T, T])}, r"r\.csv, row 1: user_id is null"),
@@ -173,5 +173,5 @@ def test_digest_follows_the_bytes_read_and_the_config(tmp_path: Path) -> None:
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match=r"nowhere\.csv: there is no such file"):
+    with pytest.raises(Exception, match=r"nowhere\.csv: file not found"):
         input_file(tmp_path / "nowhere.csv")

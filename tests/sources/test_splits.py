@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from owlrec.errors import SchemaError
 from owlrec.schema import INTERACTIONS, newest
-from owlrec.sources.movielens import MovieLens100KSource
+from owlrec.sources.datasets import MovieLens100KSource
 from owlrec.sources.outcomes import Labels, with_outcomes
 from owlrec.sources.splits import SPLITS, Every, SplitConfig, SplitTables, build_samples, last_behaviors
 
@@ -26,7 +26,7 @@ DRAWN = Labels(rule="positives_only", rating_above=3, negatives=1)
 
 
 def kar(**more: Any) -> SplitConfig:
-    return SplitConfig(cuts=("half",), kar_protocol=True, **more)
+    return SplitConfig(cuts=("kar",), **more)
 
 
 def table(rows: Sequence[Row]) -> pa.Table:
@@ -34,12 +34,12 @@ def table(rows: Sequence[Row]) -> pa.Table:
     return pa.table(dict(zip(RATED.names, map(list, columns), strict=True)), schema=RATED)
 
 
-def crowd(behaviours: list[tuple[int, Any, int]], n_users: int = 30) -> list[Row]:
+def crowd(behaviors: list[tuple[int, Any, int]], n_users: int = 30) -> list[Row]:
     """`n_users` users, numbered from 1, who all did the same (item, rating, timestamp)."""
-    return [(user, *behaviour) for user in range(1, n_users + 1) for behaviour in behaviours]
+    return [(user, *behavior) for user in range(1, n_users + 1) for behavior in behaviors]
 
 
-def of_user(tables: SplitTables, user: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def user_rows(tables: SplitTables, user: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One user's samples, without user_id and split, and history row."""
     samples = [row for row in tables.samples.to_pylist() if row.pop("user_id") == user and row.pop("split")]
     (history,) = (row for row in tables.histories.to_pylist() if row["user_id"] == user)
@@ -49,9 +49,9 @@ def of_user(tables: SplitTables, user: int) -> tuple[list[dict[str, Any]], dict[
 def test_hand_worked_user() -> None:
     # N = 5, so the LLM reads 3; item 12 comes before 13 at moment 30 because its id is smaller.
     rows = crowd([(14, 4.0, 50), (13, 3.0, 30), (10, 5.0, 10), (11, 1.0, 20), (12, 3.5, 30)])
-    samples, history = of_user(build_samples(table(rows), kar(history_length=3), ABOVE_3), user=7)
+    samples, history = user_rows(build_samples(table(rows), kar(history_length=3), ABOVE_3), user=7)
     assert history == {"user_id": 7, "as_of": 30, "items": [10, 11, 12], "ratings": [5.0, 1.0, 3.5], "passed": []}
-    # Item 13 has the moment of the last behaviour read: no sample, but part of item 14's past.
+    # Item 13 has the moment of the last behavior read: no sample, but part of item 14's past.
     assert samples == [
         {
             "item_id": 14,
@@ -66,24 +66,24 @@ def test_hand_worked_user() -> None:
 
 def test_samples_of_one_moment_do_not_see_each_other() -> None:
     rows = crowd([(1, 5, 10), (2, 5, 20), (3, 3, 30), (4, 4, 30)])
-    samples, _ = of_user(build_samples(table(rows), kar(), ABOVE_3), user=1)
+    samples, _ = user_rows(build_samples(table(rows), kar(), ABOVE_3), user=1)
     assert [(s["item_id"], s["history"], s["label"]) for s in samples] == [(3, [1, 2], 0.0), (4, [1, 2], 1.0)]
 
 
 def test_the_llm_reads_at_most_its_limit() -> None:
     rows = crowd([(item, 5, item * 10) for item in range(1, 101)])
     tables = build_samples(table(rows), kar(), ABOVE_3)
-    samples, history = of_user(tables, user=1)
+    samples, history = user_rows(tables, user=1)
     assert history["items"] == list(range(1, 31))
     assert history["as_of"] == 300
     assert [s["item_id"] for s in samples] == list(range(31, 101))
     assert samples[-1]["history"] == list(range(90, 100))
 
 
-def test_one_behaviour_gives_a_history_and_no_sample() -> None:
+def test_one_behavior_gives_a_history_and_no_sample() -> None:
     rows = [*crowd([(1, 5, 10), (2, 5, 20)]), (99, 1, 5, 10)]
     tables = build_samples(table(rows), kar(), ABOVE_3)
-    samples, history = of_user(tables, user=99)
+    samples, history = user_rows(tables, user=99)
     assert samples == []
     assert history == {"user_id": 99, "as_of": 10, "items": [1], "ratings": [5.0], "passed": []}
     assert tables.counts["users_without_samples"] == 1
@@ -116,9 +116,12 @@ def test_users_are_cut_exactly(n_users: int, expected: list[int]) -> None:
     assert [tables.counts[f"samples_{name}"] for name in SPLITS] == expected
 
 
-def test_seed_changes_who_is_in_which_split() -> None:
+def test_seed_changes_who_is_in_which_split(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = table(crowd([(1, 5, 10), (2, 5, 20)], 200))
-    splits = [build_samples(rows, kar(seed=seed), ABOVE_3).samples["split"].to_pylist() for seed in (0, 0, 1)]
+    splits = []
+    for seed in (0, 0, 1):
+        monkeypatch.setattr("owlrec.sources.splits.SPLIT_SEED", seed)
+        splits.append(build_samples(rows, kar(), ABOVE_3).samples["split"].to_pylist())
     assert splits[0] == splits[1] != splits[2]
 
 
@@ -144,7 +147,7 @@ def test_a_predefined_split_is_read_from_its_column() -> None:
 
 def test_positives_without_ratings_are_quoted_without_one() -> None:
     rows = crowd([(1, None, 10), (2, None, 20)])
-    samples, history = of_user(build_samples(table(rows), kar(), DRAWN), user=1)
+    samples, history = user_rows(build_samples(table(rows), kar(), DRAWN), user=1)
     assert history["ratings"] == [None]
     assert samples[0]["label"] == 1.0
 
@@ -162,8 +165,8 @@ def test_single_missing_ratings_are_refused(missing: float | None) -> None:
     [
         ([], kar(), r"0 samples of 0 users leave the train and valid and test split empty"),
         (crowd([(1, 5, 10), (2, 5, 20)], 5), kar(), r"leave the valid split empty.*8:1:1.*use more users"),
-        (crowd([(1, 5, 10), (2, 5, 10)]), kar(), r"0 samples of 0 users.*\(30 samples had the timestamp"),
-        (crowd([(1, 5, 10), (2, 5, 20)]), kar(method="time"), r"train and valid split empty.*longer time"),
+        (crowd([(1, 5, 10), (2, 5, 10)]), kar(), r"0 samples of 0 users.*\(30 samples have the timestamp"),
+        (crowd([(1, 5, 10), (2, 5, 20)]), kar(method="time"), r"train and valid split empty.*longer period"),
     ],
 )
 def test_an_empty_split_says_what_to_do(rows: list[Row], config: SplitConfig, message: str) -> None:
@@ -206,12 +209,12 @@ def test_cuts_at_multiples_of_a_period_quote_what_is_earlier() -> None:
     ]
 
 
-@pytest.mark.parametrize("cut", ["half", {"every": "1w"}])
+@pytest.mark.parametrize("cut", ["half", "kar", {"every": "1w"}])
 def test_one_cut_needs_no_list(cut: Any) -> None:
     assert len(SplitConfig(cuts=cut).cuts) == 1
 
 
-@pytest.mark.parametrize("cuts", [[], ["half", "half"], ["whole"], {"every": "30"}, {"every": "0d"}])
+@pytest.mark.parametrize("cuts", [[], ["half", "half"], ["half", "kar"], ["whole"], {"every": "30"}, {"every": "0d"}])
 def test_odd_cuts_are_refused(cuts: Any) -> None:
     with pytest.raises(ValidationError):
         SplitConfig(cuts=cuts)
@@ -225,12 +228,12 @@ def test_items_of_a_split_by_item_are_in_one_split_each() -> None:
     assert sorted(Counter(split for _, split in split_of).values()) == [20, 20, 160]
 
 
-def cuts_of(behaviours: list[Any], config: SplitConfig) -> dict[int, int]:
+def cuts_of(behaviors: list[Any], config: SplitConfig) -> dict[int, int]:
     """as_of -> how many of a user's behaviors the text of that moment may quote."""
-    moments = [time for _, _, time in behaviours]
+    moments = [time for _, _, time in behaviors]
     cuts: dict[int, int] = {}
     for cut in config.cuts:
-        if cut == "half":
+        if cut in ("half", "kar"):
             n = min((len(moments) + 1) // 2, config.llm_history)
             cuts[moments[n - 1]] = max(n, cuts.get(moments[n - 1], 0))
         elif cut == "now":
@@ -247,13 +250,13 @@ def cuts_of(behaviours: list[Any], config: SplitConfig) -> dict[int, int]:
 def oracle(
     rows: list[Row], config: SplitConfig, positive_above: float
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Samples (without split) and histories, one user and one behaviour at a time."""
+    """Samples (without split) and histories, one user and one behavior at a time."""
     samples: list[dict[str, Any]] = []
     histories: list[dict[str, Any]] = []
     for user, group in groupby(sorted(rows, key=lambda r: (r[0], r[3], r[1])), key=lambda r: r[0]):
-        behaviours = [row[1:] for row in group]
-        for as_of, n in cuts_of(behaviours, config).items():
-            quoted = behaviours[max(0, n - config.llm_history) : n]
+        behaviors = [row[1:] for row in group]
+        for as_of, n in cuts_of(behaviors, config).items():
+            quoted = behaviors[max(0, n - config.llm_history) : n]
             histories.append(
                 {
                     "user_id": user,
@@ -263,10 +266,10 @@ def oracle(
                     "passed": [],
                 }
             )
-        half = min((len(behaviours) + 1) // 2, config.llm_history) if config.kar_protocol else 0
-        for item, rating, timestamp in behaviours[half:]:
-            if half == 0 or timestamp > behaviours[half - 1][2]:
-                past = [b for b in behaviours if b[2] < timestamp][-config.history_length :]
+        half = min((len(behaviors) + 1) // 2, config.llm_history) if "kar" in config.cuts else 0
+        for item, rating, timestamp in behaviors[half:]:
+            if half == 0 or timestamp > behaviors[half - 1][2]:
+                past = [b for b in behaviors if b[2] < timestamp][-config.history_length :]
                 samples.append(
                     {
                         "user_id": user,
@@ -291,16 +294,19 @@ def logs(draw: st.DrawFn) -> list[Row]:
     return [(user, item, rating, time) for (user, item, time), rating in zip(keys, ratings, strict=True)]
 
 
-CUTS = ("half", "now", {"every": "2h"}, {"every": "1h"})
+CUTS = ("now", {"every": "2h"}, {"every": "1h"})
 configs = st.builds(
     SplitConfig,
-    cuts=st.lists(st.sampled_from(CUTS), min_size=1, unique_by=str).map(tuple),
-    kar_protocol=st.booleans(),
+    cuts=st.builds(
+        lambda first, others: (*first, *others),
+        st.sampled_from([("half",), ("kar",)]),
+        st.lists(st.sampled_from(CUTS), unique_by=str),
+    )
+    | st.lists(st.sampled_from(CUTS), min_size=1, unique_by=str).map(tuple),
     method=st.sampled_from(["user", "time"]),
     ratios=st.sampled_from([(8, 1, 1), (1, 1, 1), (2, 1, 1)]),
     history_length=st.integers(1, 6),
     llm_history=st.integers(1, 6),
-    seed=st.integers(0, 5),
 )
 
 
@@ -371,8 +377,8 @@ def test_movielens_100k_samples() -> None:
 
 def test_last_behaviors_are_those_of_a_sample_that_would_come_next() -> None:
     rows = [(2, 7, 4.0, 30), (1, 5, 1.0, 10), (1, 9, 2.0, 30), (1, 8, 3.0, 30), (1, 6, 5.0, 20)]
-    found = last_behaviors(with_outcomes(table(rows), ABOVE_3, "rows"), 3)
-    assert found.to_pylist() == [
+    behaviors = last_behaviors(with_outcomes(table(rows), ABOVE_3, "rows"), 3)
+    assert behaviors.to_pylist() == [
         {"id": 1, "times": [20, 30, 30], "items": [6, 8, 9], "ratings": [5.0, 3.0, 2.0], "labels": [1.0, 0.0, 0.0]},
         {"id": 2, "times": [30], "items": [7], "ratings": [4.0], "labels": [1.0]},
     ]

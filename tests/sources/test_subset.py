@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from owlrec.schema import shard_of
+from owlrec.ids import shard_of
 from owlrec.sources.raw import RawTables, keep_subset
 
 T = 1_700_000_000_000

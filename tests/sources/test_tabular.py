@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from owlrec.errors import SchemaError, SourceError
-from owlrec.schema import stable_id
+from owlrec.ids import stable_id
 from owlrec.sources import SourceConfig
 from owlrec.sources.tabular import TableSource
 
@@ -196,10 +196,10 @@ def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
     (tmp_path / "items.parquet").write_text("x")
     (tmp_path / "empty").mkdir()
     for path, message in (
-        ("items.xlsx", "neither Parquet nor CSV nor JSON lines by its"),
+        ("items.xlsx", "is not Parquet, CSV or JSON lines"),
         ("items.parquet", "cannot be read as parquet"),
-        ("empty", "no Parquet, CSV or JSON lines file is there"),
-        ("nothing-*.csv", "no Parquet, CSV or JSON lines file is there"),
+        ("empty", "no Parquet, CSV or JSON lines files"),
+        ("nothing-*.csv", "no Parquet, CSV or JSON lines files"),
     ):
         with pytest.raises(SourceError, match=message):
             config.model_copy(update={"items": str(tmp_path / path)}).load()

@@ -1,4 +1,4 @@
-"""Catalogue titles turned back into spoken ones."""
+"""Catalog titles turned back into spoken ones."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from owlrec.sources.raw import natural_title, title_year
 
 
 @pytest.mark.parametrize(
-    ("catalogued", "spoken"),
+    ("catalogd", "spoken"),
     [
         ("Usual Suspects, The (1995)", "The Usual Suspects (1995)"),
         ("Fish Called Wanda, A (1988)", "A Fish Called Wanda (1988)"),
@@ -26,8 +26,8 @@ from owlrec.sources.raw import natural_title, title_year
         ("", ""),
     ],
 )
-def test_trailing_articles_move_to_the_front(catalogued: str, spoken: str) -> None:
-    assert natural_title(catalogued) == spoken
+def test_trailing_articles_move_to_the_front(catalogd: str, spoken: str) -> None:
+    assert natural_title(catalogd) == spoken
 
 
 @pytest.mark.parametrize(

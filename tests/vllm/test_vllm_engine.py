@@ -7,14 +7,20 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from owlrec.decoding import DecodingConfig, request_arguments
-from owlrec.decoding.release_pools import write_release_pools
 from owlrec.errors import EngineError
 from owlrec.generation import VllmEngineConfig, build_engine
-from owlrec.generation.engine import Completion, PromptTooLong, SamplingConfig
-from owlrec.generation.models import load_tokenizer, model_identity
+from owlrec.generation.engines import (
+    Completion,
+    PromptTooLong,
+    RequestRefused,
+    SamplingConfig,
+    load_tokenizer,
+    model_identity,
+)
+from owlrec.generation.release_pools import write_release_pools
 from owlrec.generation.vllm_engine import VllmEngine
 from owlrec.schema import KNOWLEDGE
+from owlrec_decoding import DecodingConfig, request_arguments
 
 pytestmark = pytest.mark.vllm
 CONFIG = VllmEngineConfig(type="vllm", model="smollm2-135m", max_model_len=256, max_num_seqs=8, kv_cache_gib=1)
@@ -29,7 +35,7 @@ def engine() -> Iterator[VllmEngine]:
 
 
 def test_many_requests_at_once_get_their_own_answers(engine: VllmEngine) -> None:
-    words = ["alpha", "bravo", "castle", "delta", "eagle", "forest", "garden", "harbour", "island", "jungle"]
+    words = ["alpha", "bravo", "castle", "delta", "eagle", "forest", "garden", "harbor", "island", "jungle"]
 
     async def ask() -> list:
         sampling = SamplingConfig(max_tokens=16)
@@ -43,7 +49,7 @@ def test_many_requests_at_once_get_their_own_answers(engine: VllmEngine) -> None
 
 def test_greedy_answers_repeat(engine: VllmEngine) -> None:
     async def ask() -> str:
-        return (await engine.complete("You are brief.", "Name a colour.", SamplingConfig(max_tokens=12))).text
+        return (await engine.complete("You are brief.", "Name a color.", SamplingConfig(max_tokens=12))).text
 
     assert asyncio.run(ask()) == asyncio.run(ask())
 
@@ -52,6 +58,22 @@ def test_prompt_beyond_the_context_is_refused_and_the_engine_lives_on(engine: Vl
     with pytest.raises(PromptTooLong, match="context of 256"):
         asyncio.run(engine.complete("", "word " * 300, SamplingConfig(max_tokens=16)))
     assert asyncio.run(engine.complete("", "Say hi.", SamplingConfig(max_tokens=4))).output_tokens > 0
+
+
+def test_a_request_that_vllm_refuses_leaves_the_engine_running(engine: VllmEngine) -> None:
+    from vllm import SamplingParams
+
+    with pytest.raises(RequestRefused, match="logprobs"):
+        asyncio.run(engine._stepping.ask([1, 2, 3], SamplingParams(max_tokens=4, logprobs=1000)))
+    assert asyncio.run(engine.complete("", "Say hi.", SamplingConfig(max_tokens=4))).output_tokens > 0
+
+
+def test_options_are_vllms_own(engine: VllmEngine) -> None:
+    found = asyncio.run(engine.complete("", "Say hi.", SamplingConfig(max_tokens=40, options={"stop": " "})))
+    assert found.output_tokens < 40
+    for wrong in ({"top_q": 1}, {"top_p": 7}):
+        with pytest.raises(EngineError, match=r"sampling\.options"):
+            asyncio.run(engine.complete("", "Say hi.", SamplingConfig(options=wrong)))
 
 
 def test_token_count_is_the_tokenizers(engine: VllmEngine) -> None:
@@ -84,17 +106,17 @@ def test_drafts_from_a_release_give_the_same_answers_in_fewer_steps(tmp_path: Pa
                 *(engine.complete("", p, sampling, extra) for p, extra in zip(prompts, extras, strict=True))
             )
 
-        found = asyncio.run(ask())
+        texts = asyncio.run(ask())
         if decoding.mode != "off":
             counters = engine.counters
             assert counters is not None
-            assert counters.counts["accepted"] == sum(a.accepted for a in found) > 0
-            assert counters.counts["drafted"] == sum(a.drafted for a in found)
-            assert counters.counts["tokens"] + len(prompts) >= sum(a.output_tokens for a in found)
+            assert counters.counts["accepted"] == sum(a.accepted for a in texts) > 0
+            assert counters.counts["drafted"] == sum(a.drafted for a in texts)
+            assert counters.counts["tokens"] + len(prompts) >= sum(a.output_tokens for a in texts)
             assert counters.tokens_per_step > 1.5
             assert sum(s.tokens for s in counters.by_rows.values()) > 0
         engine.close()
-        return found
+        return texts
 
     plain = answers(DecodingConfig())
     rows = [

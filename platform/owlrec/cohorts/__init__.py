@@ -1,1 +1,1 @@
-"""Who is like whom: collaborative vectors, cohorts of users and items, and who stands for each cohort."""
+"""Cohorts of similar users and items: collaborative vectors, clustering, representatives and their prompts."""

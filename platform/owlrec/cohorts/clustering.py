@@ -1,11 +1,11 @@
-"""Spherical k-means on two levels (faiss), bounds on how large and how small a cohort may be, and names that last.
+"""Spherical k-means on two levels (faiss), with bounds on cohort sizes and names that persist across runs.
 
-The first level divides a sample into at most 4,096 cells, the second each cell by a k-means of its own, so that no
-training and no search grows with the number of cohorts: finding one of 10^6 takes about as many products as one of
-5,000. Up to 1,024 cohorts there is one cell, and the search is exact. A cohort that would exceed the largest size is
-split by a k-means of its own members, unless they are alike; one below the smallest is dissolved and its members go to
-their next best. A new run starts from the earlier centroids, and a cohort keeps its name where its centroid has moved
-little: texts hang on names.
+The first level splits a sample into at most 4,096 cells, the second runs a separate k-means in each cell. So neither
+training nor search grows with the number of cohorts: finding one of 10^6 takes about as many products as one of
+5,000. Up to 1,024 cohorts there is one cell, and the search is exact. A cohort above the maximum size is
+split by a k-means of its own members, unless they are alike. One below the minimum is dissolved, and its members move
+to their next best. A new run starts from the earlier centroids, and a cohort keeps its name if its centroid has moved
+little, because texts depend on names.
 """
 
 import warnings
@@ -20,37 +20,37 @@ from pydantic import Field
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError
-from owlrec.ordered import rows_of
+from owlrec.ids import rows_of
 from owlrec.storage import FileEntry
 from owlrec.workspace import Workspace
 
 # -------------------------------------------------------------------------------------------------------- collaborative
-# Collaborative vectors: ALS item factors, and every user as what best explains the items they chose.
+# Collaborative vectors: ALS item factors, and user vectors that best explain each user's items.
 #
-# Alternating least squares for implicit feedback (Hu, Koren and Volinsky, ICDM 2008, by the library `implicit`) learns
-# item factors from a sample of users. A user's vector is then one least-squares solution given those factors: 10^8
-# users are folded in shard by shard, and a new user needs no training. What a user liked and what they disliked give
-# two vectors in the same space. A later training starts from the earlier factors, which keeps the axes, so that
-# vectors and centroids of two runs can be compared.
+# Alternating least squares for implicit feedback (Hu, Koren and Volinsky, ICDM 2008, from the library `implicit`)
+# learns item factors from a sample of users. A user's vector is then one least-squares solution given those factors:
+# 10^8 users are folded in shard by shard, and a new user needs no training. A user's likes and dislikes give two
+# vectors in the same space. Later training starts from the earlier factors, which keeps the axes, so vectors and
+# centroids of two runs are comparable.
 
 
 @dataclass(frozen=True)
 class FactorSettings:
-    """How item factors are learned, and how many behaviors give a user a vector. No recipe sets these."""
+    """Settings of item factors and of the minimum behaviors for a vector. No recipe sets these."""
 
     factors: int = 64  # `implicit` advises 50 to 100; memory of the shuffles grows with it
     regularization: float = 0.05
     iterations: int = 15
-    alpha: float = 10.0  # a behavior's confidence is 1 + alpha, that of its absence 1
+    alpha: float = 10.0  # the confidence of a behavior is 1 + alpha, of its absence 1
     train_users: int = 1_000_000  # a sample this large fixes the factors of 10^5 items well
-    min_behaviors: int = 3  # a user who liked fewer known items says too little: attributes decide
-    min_item_users: int = 3  # likewise an item that fewer users chose
+    min_behaviors: int = 3  # with fewer liked, known items, attributes decide
+    min_item_users: int = 3  # items with fewer users get no factors
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class ItemFactors:
-    """Vectors of the items that enough users chose. Workers of a node map one copy of them."""
+    """Vectors of the items with enough users. Workers of a node map one copy."""
 
     ids: np.ndarray  # int64 [n], ascending
     vectors: np.ndarray  # float32 [n, d]
@@ -61,7 +61,7 @@ class ItemFactors:
         return self.vectors.T @ self.vectors
 
     def gather(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(float32 [m, d], bool [m]): the vector of each id, zeros and False where it has none."""
+        """(float32 [m, d], bool [m]): each id's vector, or zeros and False if it has none."""
         rows = rows_of(self.ids, ids)
         return np.where((rows >= 0)[:, None], self.vectors[rows], np.float32(0)), rows >= 0
 
@@ -73,7 +73,7 @@ class ItemFactors:
 
     @classmethod
     def load(cls, workspace: Workspace, path: str) -> Self:
-        """Maps what `save` wrote. Raises WorkspaceError where it is missing."""
+        """Maps the file of `save`. Raises WorkspaceError if it is missing."""
         table = workspace.map_arrow(path)
         vectors = table["vector"].combine_chunks()
         return cls(table["id"].to_numpy(), vectors.flatten().to_numpy().reshape(len(table), vectors.type.list_size))
@@ -82,10 +82,10 @@ class ItemFactors:
 def train_item_factors(
     histories: pa.Table, settings: FactorSettings, previous: ItemFactors | None = None
 ) -> ItemFactors:
-    """ALS over histories (schema.HISTORIES), whatever their ratings: that a user chose an item is what is modeled.
+    """ALS over histories (schema.HISTORIES), ignoring ratings: it models which items users chose.
 
-    previous: factors of an earlier run, to start from where an item has some.
-    Raises SchemaError where no item was chosen by enough users.
+    previous: factors of an earlier run, used as starting values.
+    Raises SchemaError if no item has enough users.
     """
     from implicit.cpu.als import AlternatingLeastSquares  # here, since the recipe imports this module's Config
 
@@ -95,8 +95,8 @@ def train_item_factors(
     frequent = np.bincount(matrix.indices, minlength=len(ids)) >= settings.min_item_users
     if not frequent.any():
         raise SchemaError(
-            f"histories: none of {len(ids)} items was chosen by {settings.min_item_users} users or more, so "
-            "nothing says which are alike. Use more users, or longer histories."
+            f"histories: none of {len(ids)} items was chosen by at least {settings.min_item_users} users, so "
+            "similarities cannot be computed. Use more users or longer histories."
         )
     ids, matrix = ids[frequent], matrix[:, np.flatnonzero(frequent)]
     model = _quietly(
@@ -117,30 +117,30 @@ def train_item_factors(
 def fold_in(
     factors: ItemFactors, settings: FactorSettings, items: pa.ListArray, chosen: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors of users who chose `items`: the user's half of an ALS step.
+    """Vectors of users who chose `items`: the user half of an ALS step.
 
-    items: list<int64> [n]. chosen: bool, aligned with the flattened items: which of them count; None = all.
+    items: list<int64> [n]. chosen: bool, aligned with the flattened items: marks the ones to count; None = all.
     Returns float32 [n, d] of length 1 and bool [n]: False, and zeros, for fewer known items than min_behaviors.
     """
     from implicit.cpu.als import AlternatingLeastSquares
 
     rows = rows_of(factors.ids, items.flatten().to_numpy())
-    used, column = np.unique(rows, return_inverse=True)  # -1, if at all, is the first: an item without a vector
+    used, column = np.unique(rows, return_inverse=True)  # -1, if present, is first: an item without a vector
     if not len(used):
         return np.zeros((len(items), factors.vectors.shape[1]), np.float32), np.zeros(len(items), bool)
     matrix = _confidences(items, column, len(used), settings, rows >= 0 if chosen is None else (rows >= 0) & chosen)
     model = _quietly(AlternatingLeastSquares, factors=factors.vectors.shape[1], regularization=settings.regularization)
-    # Of all factors, only those of these items are copied (the solver refuses read-only memory); YtY is of all.
+    # Only these items' factors are copied (the solver refuses read-only memory); YtY covers all.
     model.item_factors, model._YtY, model.num_threads = factors.vectors[used], factors.gram, 1
     vectors = model.recalculate_user(np.arange(len(items)), matrix)
     known = np.diff(matrix.indptr) >= settings.min_behaviors
     return np.where(known[:, None], unit(vectors), np.float32(0)), known
 
 
-def judged(histories: pa.Table, positive_above: float) -> tuple[pa.ListArray, np.ndarray]:
-    """What each user took or passed over, list<int64> [n], and which of it they liked: bool, aligned with all items.
+def items_and_likes(histories: pa.Table, positive_above: float) -> tuple[pa.ListArray, np.ndarray]:
+    """Each user's items, list<int64> [n], and whether each was liked: bool, aligned with all items.
 
-    Liked is what was taken, and where it was graded, with more than `positive_above`.
+    Liked means taken and, if graded, rated above `positive_above`.
     """
     items, passed = (histories[column].combine_chunks() for column in ("items", "passed"))
     values = histories["ratings"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float32)
@@ -155,7 +155,7 @@ def judged(histories: pa.Table, positive_above: float) -> tuple[pa.ListArray, np
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors brought to length 1; zeros stay zeros."""
+    """Vectors scaled to length 1; zeros stay zeros."""
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.where(length > 0, length, 1)).astype(np.float32)
 
@@ -167,21 +167,21 @@ def _confidences(
     settings: FactorSettings,
     chosen: np.ndarray | None = None,
 ) -> Any:
-    """The sparse matrix of who chose what; what a user chose several times counts once. column: of each flat item."""
+    """Sparse user-item matrix; repeated choices count once. column: of each flat item."""
     from scipy.sparse import csr_matrix
 
-    of_user = np.repeat(np.arange(len(items), dtype=np.int32), items.value_lengths().fill_null(0).to_numpy())
+    user_rows = np.repeat(np.arange(len(items), dtype=np.int32), items.value_lengths().fill_null(0).to_numpy())
     if chosen is not None:
-        of_user, column = of_user[chosen], column[chosen]
+        user_rows, column = user_rows[chosen], column[chosen]
     ones = np.ones(len(column), dtype=np.float32)
-    matrix = csr_matrix((ones, (of_user, column.astype(np.int32))), shape=(len(items), n_columns))
+    matrix = csr_matrix((ones, (user_rows, column.astype(np.int32))), shape=(len(items), n_columns))
     matrix.data[:] = 1 + settings.alpha
     return matrix
 
 
 def _quietly(model: Any, **settings: Any) -> Any:
     with warnings.catch_warnings():
-        # implicit asks for one BLAS thread at its construction; its native solvers, which run here, call none.
+        # implicit asks for one BLAS thread in its constructor; its native solvers, used here, call none.
         warnings.simplefilter("ignore", RuntimeWarning)
         return model(**settings)
 
@@ -189,19 +189,19 @@ def _quietly(model: Any, **settings: Any) -> Any:
 # ----------------------------------------------------------------------------------------------------------- clustering
 
 
-_REKI_SIZE = 40  # REKI's groups of MovieLens-1M, 6,040 users, hold 35 to 45 members
+_REKI_SIZE = 40  # REKI's groups of MovieLens-1M (6,040 users) have 35 to 45 members
 _REKI_USERS = 10_000
 _ONE_CELL, _PER_CELL, _MOST_PER_CELL, _MOST_CELLS = 1024, 256, 1024, 4096  # cohorts, and cells
-_PROBES = 4  # cells that are searched for each vector
-CELL_SAMPLE = 1 << 18  # vectors that one k-means is trained on: 64 MB at 64 dimensions
-_SAMPLE = 1 << 22  # vectors of all cohorts together, but at least 64 a cohort and at most 256
+_PROBES = 4  # cells searched per vector
+CELL_SAMPLE = 1 << 18  # training vectors per k-means: 64 MB at 64 dimensions
+_SAMPLE = 1 << 22  # vectors of all cohorts together, but 64 to 256 per cohort
 ITERATIONS = 20  # of k-means: faiss stops at 25, and the last few move hardly any vector
-_SPLITS = 8  # rounds; each at least halves what is too large, unless its members are alike
+_SPLITS = 8  # rounds; each at least halves too large cohorts, unless their members are alike
 _SAME_COSINE = 0.7  # to the earlier centroid, for a cohort to be the same one
 
 
 class Sizes(NamedTuple):
-    """How many cohorts to look for, how many members each may have, and from how large a sample."""
+    """Number of cohorts, bounds on their members, and size of the training sample."""
 
     cohorts: int
     smallest: int
@@ -210,20 +210,20 @@ class Sizes(NamedTuple):
 
     @property
     def cells(self) -> int:
-        """Of the first level; 1 where the second needs none above it."""
+        """Cells of the first level; 1 if the second level needs no first."""
         return 1 if self.cohorts <= _ONE_CELL else -(-self.cohorts // _PER_CELL)
 
 
 class ClusterConfig(Config):
-    """How large cohorts are. The smallest have an eighth of the mean size, the largest two and a half times it."""
+    """Sizes of cohorts: the smallest have an eighth of the mean size, the largest two and a half times it."""
 
-    # None: 40 up to 10^4 members, and from there by the cube root of the population. k-means' error falls only by
-    # k^(-2/d), while each cohort costs an LLM call: 10^8 users make 116,000 cohorts of 862, where 40 would ask for
+    # None: 40 up to 10^4 members, then growing with the cube root of the population. k-means' error falls only by
+    # k^(-2/d), while each cohort costs an LLM call: 10^8 users make 116,000 cohorts of 862, where 40 would need
     # 2.5 million.
     mean_size: int | None = Field(None, ge=2)
 
     def sizes(self, population: int) -> Sizes:
-        """Of cohorts among so many members with a vector."""
+        """Sizes for a given number of members with a vector."""
         mean = self.mean_size or round(_REKI_SIZE * max(1.0, population / _REKI_USERS) ** (1 / 3))
         mean = max(mean, -(-population // (_MOST_CELLS * _PER_CELL)))
         cohorts = max(1, round(population / mean))
@@ -233,16 +233,16 @@ class ClusterConfig(Config):
 
 @dataclass(frozen=True)
 class Codebook:
-    """Centroids and the numbers that name them. No number is ever used again."""
+    """Centroids and their permanent numbers. A number is never reused."""
 
     centroids: np.ndarray  # float32 [k, d], of length 1
     numbers: np.ndarray  # int64 [k]
     next_number: int
-    cells: np.ndarray | None = None  # float32 [c, d], of the first level; None = one
+    cells: np.ndarray | None = None  # float32 [c, d], first level; None = one cell
 
     @cached_property
     def _indexes(self) -> list[tuple[np.ndarray, Any]]:
-        """Of each cell the rows of its centroids and a faiss index over them; built once a process."""
+        """Per cell, the rows of its centroids and a faiss index over them; built once per process."""
         if self.cells is None:
             return [(np.arange(len(self.centroids)), _flat(self.centroids))]
         cell = nearest_rows(self.cells, self.centroids)
@@ -251,9 +251,9 @@ class Codebook:
         return [(rows, _flat(self.centroids[rows])) for rows in rows_by_cell]
 
     def search(self, vectors: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `n` nearest centroids of each vector, of those in the cells that are nearest to it.
+        """The `n` nearest centroids of each vector, from the cells nearest to it.
 
-        vectors: float32 [m, d], of length 1. Returns cosines, float32 [m, n], and rows, int64 [m, n]; -inf and -1 where
+        vectors: float32 [m, d], of length 1. Returns cosines, float32 [m, n], and rows, int64 [m, n]; -inf and -1 if
         these cells have fewer centroids. All vectors of a cell are compared at once: such matrix products take a third
         of the time of faiss's own inverted lists, which compare vector by vector (5,376 cohorts, one core).
         """
@@ -266,11 +266,11 @@ class Codebook:
         bounds = np.searchsorted(cell[order], np.arange(len(self.cells) + 1))
         cosines = np.full((len(cell), n), -np.inf, dtype=np.float32)
         rows = np.full((len(cell), n), -1, dtype=np.int64)
-        for (of_cell, index), start, stop in zip(self._indexes, bounds[:-1], bounds[1:], strict=True):
-            k, slots = min(n, len(of_cell)), order[start:stop]
+        for (cell_rows, index), start, stop in zip(self._indexes, bounds[:-1], bounds[1:], strict=True):
+            k, slots = min(n, len(cell_rows)), order[start:stop]
             if k and len(slots):
                 cosines[slots, :k], nearest = index.search(vectors[slots // probes], k)
-                rows[slots, :k] = of_cell[nearest]
+                rows[slots, :k] = cell_rows[nearest]
         cosines, rows = cosines.reshape(len(vectors), -1), rows.reshape(len(vectors), -1)
         best = np.argsort(-cosines, axis=1, kind="stable")[:, :n]
         return np.take_along_axis(cosines, best, axis=1), np.take_along_axis(rows, best, axis=1)
@@ -278,23 +278,23 @@ class Codebook:
     def assign(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The nearest centroid of each vector.
 
-        vectors: float [n, d], of length 1. Returns its row, int64 [n], and 1 - cosine, float32 [n].
+        vectors: float [n, d], of length 1. Returns rows, int64 [n], and 1 - cosine, float32 [n].
         """
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         cosine, nearest = self.search(vectors, 1)
-        if len(lost := np.flatnonzero(nearest[:, 0] < 0)):  # all cells that were searched are empty
+        if len(lost := np.flatnonzero(nearest[:, 0] < 0)):  # all searched cells are empty
             cosine[lost], nearest[lost] = _flat(self.centroids).search(vectors[lost], 1)
         return nearest[:, 0], np.clip(1 - cosine[:, 0], 0, 2)
 
 
 def train_cells(vectors: np.ndarray, sizes: Sizes, previous: Codebook | None = None, *, seed: int = 0) -> np.ndarray:
-    """The first level: float32 [c, d]. vectors: float32 [n, d], of length 1, of which the first 2^18 count.
+    """First level: float32 [c, d]. vectors: float32 [n, d], of length 1; only the first 2^18 are used.
 
-    Raises SchemaError where there is no vector.
+    Raises SchemaError if there are no vectors.
     """
     if len(vectors) == 0:
         raise SchemaError(
-            "cohorts: nobody has a vector to cluster by. Use more data: users need several items in common."
+            "cohorts: no user has a vector to cluster. Use more data: users need several items in common."
         )
     earlier = previous.cells if previous is not None else None
     return _kmeans(vectors[:CELL_SAMPLE], min(sizes.cells, _distinct(vectors)), earlier, seed)
@@ -309,10 +309,10 @@ def train_centroids(
     *,
     seed: int = 0,
 ) -> np.ndarray:
-    """The second level within one cell: float32 [about k, d], at most 1,024 before what is too large is split.
+    """Second level within one cell: float32 [about k, d], at most 1,024 before splitting.
 
-    vectors: float32 [n, d], of length 1: the cell's part of the sample, which is a `share` of the population. earlier:
-    centroids of an earlier run in this cell. Sizes hold for the sample, in proportion: what is beyond it may exceed
+    vectors: float32 [n, d], of length 1: the cell's part of the sample, a `share` of the population. earlier:
+    centroids of an earlier run in this cell. Sizes apply to the sample, in proportion: rows beyond it may exceed
     them.
     """
     smallest, largest = max(1, round(sizes.smallest * share)), max(1, int(sizes.largest * share))
@@ -330,8 +330,8 @@ def train_centroids(
 
 
 def fold_small(centroids: np.ndarray, vectors: np.ndarray, smallest: int) -> np.ndarray:
-    """The centroids without those that fewer than `smallest` of the vectors are nearest to, smallest first: what one
-    frees may fill up another. At least one stays."""
+    """Removes centroids with fewer than `smallest` nearest vectors, smallest first, since the vectors of one
+    may fill up another. At least one stays."""
     while len(centroids) > 1:
         members = np.bincount(nearest_rows(centroids, vectors), minlength=len(centroids))
         small = np.flatnonzero(members < smallest)
@@ -343,8 +343,8 @@ def fold_small(centroids: np.ndarray, vectors: np.ndarray, smallest: int) -> np.
 
 
 def name_centroids(cells: np.ndarray, centroids: np.ndarray, previous: Codebook | None) -> Codebook:
-    """The codebook of both levels: a centroid gets the number of the earlier one that is near enough, best pairs first,
-    or else a new one."""
+    """Codebook of both levels: a centroid takes the number of a close enough earlier one, best pairs first,
+    or else a new number."""
     numbers = np.full(len(centroids), -1, dtype=np.int64)
     following = 0
     if previous is not None:
@@ -357,7 +357,7 @@ def name_centroids(cells: np.ndarray, centroids: np.ndarray, previous: Codebook 
 
 
 def nearest_rows(centroids: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """The row of the nearest centroid of each vector, int64 [n], by comparison with all."""
+    """Row of the nearest centroid of each vector, int64 [n], by comparison with all."""
     nearest: np.ndarray = _flat(centroids).search(vectors, 1)[1][:, 0]
     return nearest
 
@@ -395,7 +395,7 @@ def _kmeans(vectors: np.ndarray, k: int, earlier: np.ndarray | None, seed: int) 
         gpu=hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0,
     )
     start = None
-    if earlier is not None:  # filled up with vectors drawn at random
+    if earlier is not None:  # filled up with random vectors
         drawn = np.random.default_rng(seed).choice(len(vectors), size=k, replace=False)
         start = np.concatenate([earlier, vectors[drawn]])[:k]
     kmeans.train(vectors, init_centroids=start)
@@ -411,7 +411,7 @@ def _flat(vectors: np.ndarray) -> Any:
 
 
 def _distinct(vectors: np.ndarray) -> int:
-    """How many of the vectors differ: k-means needs as many as it has centroids. By a 64-bit sum of their bits."""
+    """Number of distinct vectors, since k-means needs at least one per centroid. Compares 64-bit sums of their bits."""
     bits = np.ascontiguousarray(vectors, dtype=np.float32).view(np.uint32)
     odd = np.random.default_rng(0).integers(1 << 62, size=(bits.shape[1],), dtype=np.uint64) * 2 + 1
     digest = np.zeros(len(bits), dtype=np.uint64)

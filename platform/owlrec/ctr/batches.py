@@ -1,8 +1,8 @@
-"""Batches of a split, assembled ahead of the step that trains on them, by a thread, in pinned memory where a GPU waits.
+"""Batches of a split, assembled by a thread ahead of the training step, in pinned memory for a GPU.
 
-What a batch takes (ranges of behaviors, distinct items and ids, vectors gathered from mapped shards) is work for the
-CPU and reads from disk or from an object store; done within the step it would leave a GPU idle. The thread takes steps
-in their order and draws nothing at random, so it changes no result.
+Assembling a batch (ranges of behaviors, distinct items and ids, vectors gathered from mapped shards) is work for the
+CPU and reads from disk or from an object store; within the step it would leave a GPU idle. The thread takes steps
+in order and uses no randomness, so it does not change results.
 """
 
 import queue
@@ -18,27 +18,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from owlrec.ctr.adaptor import Codes, Knowledge
 from owlrec.ctr.features import SampleFeatures, Segment, Split
-from owlrec.ctr.knowledge import Form, VectorTable, refuse_non_finite
-from owlrec.ctr.model import Batch, DistinctItems
+from owlrec.ctr.knowledge_tables import Form, VectorTable, refuse_non_finite
+from owlrec.ctr.model import Batch, BatchVectors, Codes, DistinctItems
 
 # ---------------------------------------------------------------------------------------------------------------- order
-# The order in which an epoch reads its rows: a function of seed and epoch, so that any position can be entered again.
+# The order in which an epoch reads its rows is a function of seed and epoch, so training can resume at any position.
 #
-# Rows are read in windows, each held in memory. Up to four million training rows are one window: they are shuffled at
-# once, and the ranks take turns within each batch, so that together they see the batches that one alone would. Of more
-# rows each rank has a range of its own, hence shards of its own but for the two at its ends; an epoch takes them in
-# random order and shuffles the rows of a window among each other. Users are spread over shards by hash, so neighboring
-# shards are as good a draw as any, and a node's cache sees each of its shards once in an epoch.
+# Rows are read in windows, each held in memory. Up to four million training rows are one window: they are shuffled
+# together, and the ranks take turns within each batch, so together they see the same batches as a single rank. With
+# more rows, each rank has its own range, and so its own shards except the two at its ends. An epoch takes windows in
+# random order and shuffles the rows within a window. Users are spread over shards by hash, so neighboring shards are a
+# fair sample, and a node's cache reads each of its shards once per epoch.
 
 
-WINDOW = 1 << 22  # rows that are shuffled among each other
+WINDOW = 1 << 22  # rows that are shuffled together
 
 
 @dataclass(frozen=True)
 class Step:
-    """The rows of one batch, as positions in a window. Steps of one window share its tuple of segments."""
+    """Rows of one batch, as positions in a window. Steps of one window share its tuple of segments."""
 
     window: tuple[Segment, ...]
     rows: Tensor  # int64 [b]
@@ -47,38 +46,38 @@ class Step:
 def epoch_steps(
     sizes: Sequence[int], batch_size: int, seed: int, epoch: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Step]:
-    """This rank's steps of an epoch over shards of `sizes` rows; all ranks together have `batch_size` rows in a step.
+    """This rank's steps of an epoch over shards of `sizes` rows; all ranks together have `batch_size` rows per step.
 
-    All ranks have equally many steps and rows. Where the ranks do not divide a batch, it is smaller, and up to
-    world_size - 1 rows of the epoch sit out.
+    All ranks have the same number of steps and rows. If the ranks do not divide a batch, it is smaller, and up to
+    world_size - 1 rows of the epoch are skipped.
     """
     generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    n, of_rank = sum(sizes), max(1, batch_size // world_size)
+    n, rank_rows = sum(sizes), max(1, batch_size // world_size)
     if n <= WINDOW:
         window = tuple(segments(sizes, 0, n))
         kept = torch.randperm(n, generator=generator)[: n - n % world_size]
-        for batch in kept.split(of_rank * world_size):
+        for batch in kept.split(rank_rows * world_size):
             if len(batch):
                 yield Step(window, batch[rank::world_size])
         return
     share = n // world_size
     mine = list(segments(sizes, rank * share, (rank + 1) * share))
     order = [mine[i] for i in torch.randperm(len(mine), generator=generator).tolist()]
-    for window in _windows(order, max(of_rank, WINDOW // of_rank * of_rank)):
+    for window in _windows(order, max(rank_rows, WINDOW // rank_rows * rank_rows)):
         rows = torch.randperm(sum(b - a for _, a, b in window), generator=generator)
-        for batch in rows.split(of_rank):
+        for batch in rows.split(rank_rows):
             yield Step(window, batch)
 
 
 def scan_steps(sizes: Sequence[int], start: int, end: int, rows_per_step: int) -> Iterator[Step]:
-    """The rows from `start` up to `end`, in their order."""
+    """Rows from `start` up to `end`, in order."""
     for window in _windows(segments(sizes, start, end), max(rows_per_step, WINDOW // rows_per_step * rows_per_step)):
         for rows in torch.arange(sum(b - a for _, a, b in window)).split(rows_per_step):
             yield Step(window, rows)
 
 
 def segments(sizes: Sequence[int], start: int, end: int) -> Iterator[Segment]:
-    """The rows from `start` up to `end`, counted through all shards."""
+    """Rows from `start` up to `end`, counted through all shards."""
     before = 0
     for shard, size in enumerate(sizes):
         a, b = max(start - before, 0), min(end - before, size)
@@ -87,11 +86,11 @@ def segments(sizes: Sequence[int], start: int, end: int) -> Iterator[Segment]:
         before += size
 
 
-def _windows(of: Iterable[Segment], rows: int) -> Iterator[tuple[Segment, ...]]:
-    """The same rows in windows of `rows`, the last one smaller."""
+def _windows(parts: Iterable[Segment], rows: int) -> Iterator[tuple[Segment, ...]]:
+    """The same rows in windows of `rows`; the last one may be smaller."""
     window: list[Segment] = []
     room = rows
-    for shard, start, end in of:
+    for shard, start, end in parts:
         while start < end:
             taken = min(room, end - start)
             window.append((shard, start, start + taken))
@@ -106,14 +105,14 @@ def _windows(of: Iterable[Segment], rows: int) -> Iterator[tuple[Segment, ...]]:
 # -------------------------------------------------------------------------------------------------------------- batches
 
 
-_AHEAD = 3  # batches that wait for the step, at most
+_AHEAD = 3  # maximum of batches waiting for the step
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The vectors and semantic ids that a trial reads, one table for each source; vectors of one dimension."""
+    """Vectors and semantic ids that a trial reads, one table per source; all vectors have one dimension."""
 
     users: tuple[VectorTable, ...]
     items: tuple[VectorTable, ...]
@@ -121,27 +120,27 @@ class Tables:
 
     @property
     def dim(self) -> int:
-        """Components of a vector; 0 where vectors are not read."""
+        """Components of a vector; 0 if no vectors are read."""
         return 0 if self.form == "codes" else self.users[0].dim
 
     def shuffled(self, seed: int) -> "Tables":
-        """Each table with its vectors and codes handed to the wrong ids (KnowledgeTable.shuffled)."""
+        """Each table with its vectors and codes assigned to the wrong ids (KnowledgeTable.shuffled)."""
         users, items = (tuple(t.shuffled(seed) for t in tables) for tables in (self.users, self.items))
         return Tables(users, items, self.form)
 
 
 class SplitTensors:
-    """Samples in memory, and the batches on a device that they give."""
+    """Samples in memory, and their batches on a device."""
 
     def __init__(self, samples: SampleFeatures, tables: Tables | None, device: str) -> None:
         self.samples, self.tables, self.device = samples, tables, device
 
     def batch(self, rows: Tensor) -> Batch:
-        """rows: int64 [b], on the CPU: which samples."""
+        """rows: int64 [b], on the CPU: row numbers of the samples."""
         return on_device(self.assembled(rows), self.device)
 
     def assembled(self, rows: Tensor) -> Batch:
-        """The batch in this process's memory, in the narrow types that it is kept and sent in."""
+        """The batch in this process's memory, in the narrow storage types."""
         at, samples = rows.numpy(), self.samples
         history, ratings = samples.histories.matrices(at)
         items, profile = samples.items[at], samples.profile[at]
@@ -157,14 +156,14 @@ class SplitTensors:
 
 @dataclass(frozen=True)
 class Targets:
-    """What a batch is to score, and how much each row counts."""
+    """Labels of a batch and the weights of its rows."""
 
     labels: Tensor  # float32 [b], in [0, 1]
     weights: Tensor | None = None  # float32 [b]; None: all the same
 
     @classmethod
     def of(cls, samples: SampleFeatures, rows: Tensor) -> "Targets":
-        """Those of some rows (int64 [b])."""
+        """Targets of some rows (int64 [b])."""
         at = rows.numpy()
         weights = None if samples.weights is None else torch.from_numpy(samples.weights[at])
         return cls(torch.from_numpy(samples.labels[at]), weights)
@@ -175,19 +174,19 @@ class Targets:
 
 
 class SplitBatches:
-    """A split with its knowledge, and the batches on a device that any sequence of steps over it gives."""
+    """A split with its knowledge, and its batches on a device for any sequence of steps."""
 
     def __init__(self, split: Split, tables: Tables | None, device: str) -> None:
         self.split, self.tables, self.device = split, tables, device
         self._held: tuple[tuple[Segment, ...], SplitTensors] | None = None
 
     def batches(self, steps: Iterable[Step]) -> Generator[tuple[Batch, Targets], None, None]:
-        """Batch and targets of each step, on the device. Close it where it is not read to its end."""
+        """Batch and targets of each step, on the device. Close it if you do not read it to the end."""
         pinned = torch.device(self.device).type == "cuda"
 
         def assembled() -> Iterator[tuple[Batch, Targets]]:
             if pinned:
-                torch.cuda.set_device(self.device)  # of this thread: pinning on another would start up a second GPU
+                torch.cuda.set_device(self.device)  # for this thread: pinning would otherwise initialize a second GPU
             for step in steps:
                 samples = self._window(step.window)
                 made = samples.assembled(step.rows), Targets.of(samples.samples, step.rows)
@@ -205,9 +204,9 @@ class SplitBatches:
 
 
 def ahead(source: Iterator[T], n: int) -> Generator[T, None, None]:
-    """The elements of `source`, which a thread reads up to `n` elements ahead; what it raises is raised here.
+    """Elements of `source`, read by a thread up to `n` elements ahead; its exceptions are raised here.
 
-    Closing it ends the thread.
+    Closing it stops the thread.
     """
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=n)
     ended = threading.Event()
@@ -245,7 +244,7 @@ def ahead(source: Iterator[T], n: int) -> Generator[T, None, None]:
 
 
 def on_device(value: T, device: str) -> T:
-    """A batch or its targets there, in the types that models compute with. From pinned memory the copy runs beside the
+    """A batch or its targets on the device, in compute types. From pinned memory the copy overlaps with the
     step.
     """
     moved: T = _mapped(value, lambda tensor: _widened(tensor.to(device, non_blocking=True)))
@@ -259,7 +258,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A dataclass with all its tensors changed, those of dataclasses within it too."""
+    """A dataclass with all its tensors converted, including nested dataclasses."""
     if isinstance(value, Tensor):
         return change(value)
     if is_dataclass(value) and not isinstance(value, type):
@@ -269,26 +268,26 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _known(
     tables: Sequence[VectorTable], ids: np.ndarray, times: np.ndarray | None, form: Form
-) -> tuple[Knowledge | None, Codes | None]:
-    """Vectors and semantic ids of one side, as far as the form asks for them, each distinct row once.
+) -> tuple[BatchVectors | None, Codes | None]:
+    """Vectors and semantic ids of one side, as the form requires, each distinct row once.
 
-    times: int64 [b], ms; an id's newest knowledge that is strictly earlier is read, or the newest of all without them.
+    times: int64 [b], ms; reads an id's newest knowledge that is strictly earlier, or the newest of all if None.
     """
     read = tables if form != "codes" else tables[:1]
-    found = [table.find(ids, times) for table in read]
-    inverse, _ = pd.factorize(found[0])  # by hashes: np.unique would sort
-    for rows in found[1:]:
+    found_rows = [table.find(ids, times) for table in read]
+    inverse, _ = pd.factorize(found_rows[0])  # by hashes: np.unique would sort
+    for rows in found_rows[1:]:
         another, distinct = pd.factorize(rows)
         inverse, _ = pd.factorize(inverse.astype(np.int64) * max(1, len(distinct)) + another)
     first = np.zeros(inverse.max(initial=-1) + 1, dtype=np.int64)
-    first[inverse[::-1]] = np.arange(len(ids))[::-1]  # where each distinct combination first occurs
-    at, distinct_rows = torch.from_numpy(inverse.astype(np.int64)), [rows[first] for rows in found]
+    first[inverse[::-1]] = np.arange(len(ids))[::-1]  # first occurrence of each distinct combination
+    at, distinct_rows = torch.from_numpy(inverse.astype(np.int64)), [rows[first] for rows in found_rows]
     knowledge, codes = None, None
     if form != "codes":
         vectors = np.stack([t.vectors_at(rows) for t, rows in zip(tables, distinct_rows, strict=True)], axis=1)
         refuse_non_finite(vectors, ids[first])
         mask = np.stack([rows >= 0 for rows in distinct_rows], axis=1)
-        knowledge = Knowledge(torch.from_numpy(vectors), torch.from_numpy(mask), at)
+        knowledge = BatchVectors(torch.from_numpy(vectors), torch.from_numpy(mask), at)
     if form != "vectors":
         codes = Codes(torch.from_numpy(tables[0].codes_at(distinct_rows[0])), at)
     return knowledge, codes

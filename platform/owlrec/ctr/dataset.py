@@ -1,15 +1,9 @@
-"""Samples encoded by shard on disk, memory-mapped: data sets larger than memory, and one encoding for all workers.
-
-A shard is encoded once, from its users' samples and interactions alone: rows of samples, which refer to the behaviors
-beside them, and what the shard adds to the counts of items. Vocabularies are sums over shards, so no pass looks at two
-of them at once. Ray Data could stream the tables instead, but neither its iterator nor its local shuffle can be entered
-again at a position, so a restarted worker would see other batches than the one that died. Here a position is a number.
-"""
+"""What training reads, made once on disk for all workers: encoded samples and reduced knowledge vectors."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from owlrec.ctr.artifact import read_card
-from owlrec.ctr.experiment import ENCODED, SoftLabels, Trial, blended
+from owlrec.ctr.experiment import ENCODED, SoftLabels, Trial, blended, grid_folder
 from owlrec.ctr.features import (
     RESERVED,
     SPLITS,
@@ -31,17 +25,20 @@ from owlrec.ctr.features import (
     SampleFeatures,
     Split,
     Vocabularies,
+    binarize_outside_train,
     distinct_values,
     encode_items,
     item_rows,
-    judged_labels,
     kept_attributes,
     known_items,
     refuse_labels,
     value_codes,
 )
+from owlrec.ctr.knowledge_tables import KnowledgeTable, VectorTable, open_vectors, refuse_non_finite, refuse_two_sizes
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.ctr.trainer import read_items, read_vocabularies, write_items, write_vocabularies
+from owlrec.encoding.compression import Projection, ProjectionSettings, fit_projection
+from owlrec.encoding.vectors import VectorShards, quantizer_folder
 from owlrec.errors import RecipeError, SchemaError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import SAMPLE_ROWS
@@ -50,20 +47,155 @@ from owlrec.sources.outcomes import POSITIVE
 from owlrec.sources.splits import in_histories, sample_places
 from owlrec.workspace import Workspace, shard_file, table_file
 
-# ----------------------------------------------------------------------------------------------------------- warm start
-# Training that goes on from an artifact on newer samples: weights carry over, by the values that they embed.
+# ------------------------------------------------------------------------------------------------------------------ pca
+# Reduces knowledge vectors to their first principal components for training.
 #
-# A vocabulary keeps what it knew and grows by what is new, which starts as the embedding of unknown values: training
-# went on with it for everything that was rare. The optimizer starts fresh. Projection, grades and codebooks stay those
-# of the artifact, or its weights would read numbers of another meaning.
+# The vectors of 10^8 users take 77 GB with MiniLM's 384 components and 13 GB with 64, and the adaptor's first layer
+# shrinks accordingly. One projection serves all sources and both sides, since the shared experts read users and items,
+# and the fusion adds up sources. It has no center, so the part common to all vectors stays, as do the lengths and
+# angles that the adaptor reads. It is fitted on a bounded sample, stored with the grid, and applied by shard.
 
 
-_MAY_DIFFER = {"features", "dropout"}  # of a spec
+Name = TypeVar("Name")
+Folders = Mapping[str, Mapping[str, str]]  # source -> kind -> folder with the vectors <source>-<kind>
+
+_FIT_ROWS = 16_384  # per table: with 384 components the SVD then takes seconds
+_DONE = "done.json"  # written last
+
+
+class ReduceVectors(Stage):
+    """Projects a shard of vectors; ids, codes and digests stay unchanged."""
+
+    name = "train_ctr"
+
+    def __init__(self, folder: str, fingerprint: str, sources: Mapping[str, str]) -> None:
+        """fingerprint: of the projection in `folder`. sources: <source>-<kind> -> its folder."""
+        self.folder, self.fingerprint, self.sources = folder, fingerprint, dict(sources)
+
+    def open(self, workspace: Workspace, worker: str) -> None:
+        """Loads the projection."""
+        self._projection = Projection.load(workspace, self.folder, self.fingerprint)
+        self._shards = {name: VectorShards(workspace, folder, name) for name, folder in self.sources.items()}
+
+    def run(self, work: Work) -> Result:
+        """Raises SchemaError for a vector that is not finite."""
+        shard = self._shards[work.shard.kind].shard(work.shard.number)
+        assert shard is not None, f"{work.shard.name} was listed but no longer exists"
+        refuse_non_finite(shard.vectors, shard.ids)
+        table = replace(shard, vectors=self._projection.apply(shard.vectors).astype(np.float16)).table()
+        path = work.shard.file(".arrow")
+        work.check()
+        file = work.workspace.write_arrow(work.artifact.path(path), table, table.schema)
+        return Result({path: file}, rows_in=len(table), rows_out=len(table))
+
+
+def reduce_once(
+    workspace: Workspace,
+    folders: Folders,
+    components: int | None,
+    fingerprint: str,
+    pool: Pool | None = None,
+    projection: Projection | None = None,
+) -> Folders:
+    """Folders that a grid's trials read instead of `folders` (`reduced_folders`), written if missing:
+    vectors with at most `components`, of length 1, and the projection. With None, or vectors that are short enough,
+    returns `folders`. projection: applied instead of fitting one on these vectors.
+
+    Raises SchemaError if two tables differ in size, or for a vector that is not finite.
+    """
+    kept = _kept(fingerprint)
+    shards = {
+        f"{source}-{kind}": VectorShards(workspace, folder, f"{source}-{kind}")
+        for source, kinds in folders.items()
+        for kind, folder in kinds.items()
+    }
+    if components is None or workspace.exists(kept, _DONE) or all(s.dim <= components for s in shards.values()):
+        return reduced_folders(workspace, folders, fingerprint)
+    refuse_two_sizes({f"vectors {name}": open_vectors(name_shards, held=False) for name, name_shards in shards.items()})
+    fitted = projection or _fit([s.sample(_FIT_ROWS, seed=0)[1] for s in shards.values()], components)
+    fitted.save(workspace, kept, fingerprint)
+    stage = ReduceVectors(kept, fingerprint, {name: name_shards.folder for name, name_shards in shards.items()})
+    inputs = {
+        Shard(name, number): fingerprint for name, name_shards in shards.items() for number in name_shards.numbers
+    }
+    run_stage(workspace, stage, inputs, pool)
+    for name, name_shards in shards.items():
+        if quantizer := name_shards.quantizer():
+            quantizer.save(workspace, quantizer_folder(kept, name))
+    workspace.write_json(f"{kept}/{_DONE}", {"components": components})
+    return reduced_folders(workspace, folders, fingerprint)
+
+
+def reduced_folders(workspace: Workspace, folders: Folders, fingerprint: str) -> Folders:
+    """Folders of the vectors that a grid's trials read: the grid's own folder if they were reduced."""
+    kept = _kept(fingerprint)
+    if not workspace.exists(kept, _DONE):
+        return folders
+    return {source: dict.fromkeys(kinds, kept) for source, kinds in folders.items()}
+
+
+def open_tables(workspace: Workspace, folders: Folders, *, held: bool = True) -> dict[str, dict[str, VectorTable]]:
+    """Source -> kind -> vectors and semantic ids. held: whether to read small tables into memory.
+
+    Raises the errors of `open_vectors`.
+    """
+
+    def opened(folder: str, name: str) -> VectorTable:
+        shards = VectorShards(workspace, folder, name)
+        quantizer = shards.quantizer()
+        return open_vectors(shards, tuple(quantizer.sizes) if quantizer else (), held=held)
+
+    return {
+        source: {kind: opened(folder, f"{source}-{kind}") for kind, folder in kinds.items()}
+        for source, kinds in folders.items()
+    }
+
+
+def reduced(tables: Mapping[Name, KnowledgeTable], components: int | None) -> dict[Name, KnowledgeTable]:
+    """Tables in memory, reduced like those on disk by `reduce_once`."""
+    if components is None or all(table.dim <= components for table in tables.values()):
+        return dict(tables)
+    refuse_two_sizes({f"vectors {name}": table for name, table in tables.items()})
+    projection = _fit([t.vectors[:: -(-max(1, len(t)) // _FIT_ROWS)] for t in tables.values()], components)
+    smaller = {}
+    for name, table in tables.items():
+        refuse_non_finite(table.vectors, table.ids)
+        smaller[name] = replace(table, vectors=projection.apply(table.vectors).astype(np.float16))
+    return smaller
+
+
+def _fit(samples: Sequence[np.ndarray], components: int) -> Projection:
+    sample = np.concatenate(samples)
+    return fit_projection(sample, ProjectionSettings(components=components, fit_items=len(sample)), centered=False)
+
+
+def _kept(fingerprint: str) -> str:
+    return f"{grid_folder(fingerprint)}/vectors"
+
+
+# -------------------------------------------------------------------------------------------------------------- dataset
+# Samples encoded by shard on disk and memory-mapped: data sets larger than memory, one encoding for all workers.
+#
+# A shard is encoded once, from its own users' samples and interactions: rows of samples, which refer to the behaviors
+# next to them, and the shard's part of the item counts. Vocabularies are sums over shards, so no pass needs two
+# shards at once. Ray Data could stream the tables instead, but neither its iterator nor its local shuffle can resume
+# at a position, so a restarted worker would see different batches. Here a position is a number.
+
+
+# ----------------------------------------------------------------------------------------------------------- warm start
+# Warm start: training continues from an artifact on newer samples. Weights carry over by embedded value.
+#
+# A vocabulary keeps its values and adds new ones, which start as the embedding of unknown values: training
+# used it for all rare values. The optimizer starts fresh. Projection, grades and codebooks stay those
+# of the artifact; otherwise its weights would read numbers with another meaning.
+
+
+_MAY_DIFFER = {"features"}  # keys of a spec
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """An artifact to go on from."""
+    """An artifact to continue from."""
 
     folder: str
     trial: Trial
@@ -73,7 +205,7 @@ class WarmStart:
 
     @classmethod
     def open(cls, workspace: Workspace, folder: str) -> "WarmStart":
-        """Raises WorkspaceError where the folder holds no finished artifact."""
+        """Raises WorkspaceError if the folder has no finished artifact."""
         card = read_card(workspace, folder)
         return cls(
             folder,
@@ -84,16 +216,16 @@ class WarmStart:
         )
 
     def load_into(self, model: CTRModel, vocabularies: Vocabularies) -> None:
-        """Gives a new model the weights. vocabularies: of the new samples, grown from the artifact's (`grown`).
+        """Loads the weights into a new model. vocabularies: of the new samples, grown from the artifact's (`grown`).
 
-        Raises RecipeError, naming the key of ctr, where the model has another backbone or other dimensions.
+        Raises RecipeError with the key of ctr if the model has another backbone or other dimensions.
         """
         ours, theirs = (spec.model_dump(exclude=_MAY_DIFFER) for spec in (model.spec, self.spec))
         for key, value in ours.items():
             if value != theirs[key]:
                 raise RecipeError(
-                    f"ctr: {key} is {value}, but the model to go on from, {self.folder}, has {theirs[key]}. Give the "
-                    "recipe the same, or train without --warm-start."
+                    f"ctr: {key} is {value}, but the warm-start model {self.folder} has {theirs[key]}. Use the "
+                    "same value, or train without --warm-start."
                 )
         before, now = self.vocabularies, vocabularies
         tables = {"item.weight": (before.items, now.items)}
@@ -103,8 +235,9 @@ class WarmStart:
         ):
             if list(old) != list(new):
                 raise RecipeError(
-                    f"ctr: {name} are {', '.join(new) or 'none'}, but the model to go on from, {self.folder}, reads "
-                    f"{', '.join(old) or 'none'}. Give the tables the same columns, or train without --warm-start."
+                    f"ctr: {name} are {', '.join(new) or 'none'}, but the warm-start model {self.folder} reads "
+                    f"{', '.join(old) or 'none'}. Use tables with the same columns, or train without "
+                    "--warm-start."
                 )
             tables |= {f"{name}.{at}.weight": (old[field], new[field]) for at, field in enumerate(old)}
         weights = dict(self.weights)
@@ -114,15 +247,15 @@ class WarmStart:
 
 
 def carried_over(table: Tensor, old: pa.Array, new: pa.Array) -> Tensor:
-    """The rows of an embedding table for a new vocabulary: those of values that the old one has, and for others that
-    of unknown values. table: float32 [len(old) + 2, e]. Returns float32 [len(new) + 2, e].
+    """Rows of an embedding table for a new vocabulary: known values keep their rows, and new ones start as
+    unknown values. table: float32 [len(old) + 2, e]. Returns float32 [len(new) + 2, e].
     """
     rows = pc.fill_null(pc.index_in(new, old), UNKNOWN - RESERVED).to_numpy().astype(np.int64) + RESERVED
     return torch.cat([table[:RESERVED], table[torch.from_numpy(rows)]])
 
 
 def grown(new: Vocabularies, before: Vocabularies, items: np.ndarray) -> Vocabularies:
-    """Vocabularies of new samples and all that an earlier one knew, items as far as the table still has them; with its
+    """Vocabularies of new samples plus an earlier one's values (items only if still in the table), with the earlier
     grades. items: int64 [n], of the items table.
     """
 
@@ -142,10 +275,9 @@ def grown(new: Vocabularies, before: Vocabularies, items: np.ndarray) -> Vocabul
 # -------------------------------------------------------------------------------------------------------------- encoded
 
 
-# Rows of valid and of test that are scored at most: those of the first shards, whose users are a random draw, since a
+# Maximum of scored rows of valid and of test: those of the first shards, whose users are a random sample, since a
 # shard is a hash of the id. The standard error of an AUC is then below .0002, and arrays of all rows fit one process.
 EVALUATED_ROWS = 1 << 23
-_DONE = "done.json"  # written last
 _SHARDS_OPEN = 64
 
 
@@ -154,7 +286,7 @@ class _Encoded(BaseModel):
 
     history_length: int
     profile: tuple[str, ...]
-    sizes: dict[str, list[int]]  # split -> rows in each shard
+    sizes: dict[str, list[int]]  # split -> rows per shard
 
 
 class EncodeSamples(Stage):
@@ -179,7 +311,7 @@ class EncodeSamples(Stage):
         if (odd := ~((label >= 0) & (label <= 1))).any():
             raise SchemaError(
                 f"{workspace.path(table_file('samples', number))}, row {odd.argmax()}: the label is "
-                f"{label[odd.argmax()]}; a CTR model's labels lie in [0, 1]. Run `prepare` again."
+                f"{label[odd.argmax()]}; a CTR model's labels must be in [0, 1]. Run `prepare` again."
             )
         positive, n_logged = label >= POSITIVE, len(rows)
         if self.soft_labels is not None:
@@ -189,9 +321,9 @@ class EncodeSamples(Stage):
         order = np.argsort(split, kind="stable")
         rows, split, drawn = rows.take(order), split[order], order >= n_logged
         positive = np.append(positive, np.zeros(len(rows) - n_logged, dtype=bool))[order]
-        label = judged_labels(rows["label"].to_numpy(), split == SPLITS.index("train"))
+        label = binarize_outside_train(rows["label"].to_numpy(), split == SPLITS.index("train"))
         items = item_rows(self._item_ids, rows["item_id"].to_numpy())
-        of_history = item_rows(self._item_ids, behaviors["item_id"].to_numpy())
+        history_items = item_rows(self._item_ids, behaviors["item_id"].to_numpy())
         starts, ends = (rows[name].to_numpy().astype(np.int64) for name in ("history_start", "history_end"))
         samples = {
             "user_id": rows["user_id"],
@@ -208,8 +340,8 @@ class EncodeSamples(Stage):
         ratings = behaviors["rating"].to_numpy()
         tables = {
             "samples": pa.table(samples),
-            "behaviors": pa.table({"item": of_history, "rating": ratings, "label": behaviors["label"]}),
-            "counts": _item_counts(items[train], starts[train], ends[train], of_history, items[drawn]),
+            "behaviors": pa.table({"item": history_items, "rating": ratings, "label": behaviors["label"]}),
+            "counts": _item_counts(items[train], starts[train], ends[train], history_items, items[drawn]),
         }
         work.check()
         files = {
@@ -237,17 +369,18 @@ class EncodeSamples(Stage):
 
 
 def _item_counts(
-    items: np.ndarray, starts: np.ndarray, ends: np.ndarray, of_history: np.ndarray, unlabeled: np.ndarray
+    items: np.ndarray, starts: np.ndarray, ends: np.ndarray, history_items: np.ndarray, unlabeled: np.ndarray
 ) -> pa.Table:
-    """How often training shows each item: `count`, as target or in a history; `unlabeled`, in pairs without a label.
+    """Number of occurrences of each item in training: `count`, as target or in a history; `unlabeled`, in pairs without
+    a label.
 
-    items, starts, ends: of train samples, the last two in `of_history`; unlabeled: the items of those pairs.
+    items, starts, ends: of train samples, the last two in `history_items`; unlabeled: the items of those pairs.
     """
-    # How often a history shows each behavior: up by one where it starts, down where it ends.
-    shown = np.bincount(starts, minlength=len(of_history) + 1).astype(np.int64)
-    shown -= np.bincount(ends, minlength=len(of_history) + 1)
-    item, of_item = np.unique(np.concatenate([items, of_history, unlabeled]), return_inverse=True)
-    as_target, in_history, in_pair = np.split(of_item, np.cumsum([len(items), len(of_history)]))
+    # How often a history shows each behavior: +1 where it starts, -1 where it ends.
+    shown = np.bincount(starts, minlength=len(history_items) + 1).astype(np.int64)
+    shown -= np.bincount(ends, minlength=len(history_items) + 1)
+    item, item_places = np.unique(np.concatenate([items, history_items, unlabeled]), return_inverse=True)
+    as_target, in_history, in_pair = np.split(item_places, np.cumsum([len(items), len(history_items)]))
     count = np.bincount(in_history, weights=np.cumsum(shown)[:-1], minlength=len(item)).astype(np.int64)
     count += np.bincount(as_target, minlength=len(item))
     pairs = np.bincount(in_pair, minlength=len(item))
@@ -256,7 +389,7 @@ def _item_counts(
 
 
 def item_ids(workspace: Workspace) -> np.ndarray:
-    """int64: of all items that `prepare` read, ascending; those of a grid stay whatever refreshes bring."""
+    """int64: all items that `prepare` read, ascending; a grid keeps its items whatever refreshes add."""
     shards = workspace.table_shards("items")
     return np.sort(
         np.concatenate(
@@ -276,13 +409,13 @@ def encode_tables(
     before: Vocabularies | None = None,
     pool: Pool | None = None,
 ) -> None:
-    """Encodes the tables users, items, interactions and samples into a grid's folder for `open_features`; shards that
-    are there already are kept, and nothing happens where all is.
+    """Encodes the tables users, items, interactions and samples into a grid's folder for `open_features`. Existing
+    shards are kept; if all exist, nothing happens.
 
-    attributes, profile, min_item_count, and errors: as of `build_features`. soft_labels: probabilities to blend with
-    the labels of train; their pairs without a label are trained on as well. An item that only such pairs show is known,
-    too; the counts of items remain those of logged interactions.
-    before: what the vocabularies grow from.
+    attributes, profile, min_item_count, and errors: see `build_features`. soft_labels: probabilities to blend with
+    the labels of train; their pairs without a label become training rows, too. Items that occur only in such pairs are
+    known, too; item counts include only logged interactions.
+    before: vocabularies to grow from.
     """
     encoded = f"{folder}/{ENCODED}"
     if workspace.exists(encoded, _DONE):
@@ -291,15 +424,15 @@ def encode_tables(
     made = run_stage(workspace, EncodeSamples(encoded, profile, soft_labels), dict.fromkeys(shards, encoded), pool)
     cards = [made[shard.name] for shard in shards]
     for split in SPLITS:
-        rows, positives, unlabeled = (_total(cards, split + of) for of in ("", "_positives", "_unlabeled"))
-        of_zero = rows - unlabeled - positives
-        refuse_labels(split, rows, {float(label) for label, n in enumerate((of_zero, positives)) if n})
+        rows, positives, unlabeled = (_total(cards, split + suffix) for suffix in ("", "_positives", "_unlabeled"))
+        negatives = rows - unlabeled - positives
+        refuse_labels(split, rows, {float(label) for label, n in enumerate((negatives, positives)) if n})
     ids = item_ids(workspace)
     counts, pairs = (np.zeros(len(ids) + RESERVED, dtype=np.int64) for _ in range(2))
     for shard in shards:
-        of_shard = _map(workspace, encoded, "counts", shard.number)
-        counts[of_shard["item"].to_numpy()] += of_shard["count"].to_numpy()
-        pairs[of_shard["item"].to_numpy()] += of_shard["unlabeled"].to_numpy()
+        shard_counts = _map(workspace, encoded, "counts", shard.number)
+        counts[shard_counts["item"].to_numpy()] += shard_counts["count"].to_numpy()
+        pairs[shard_counts["item"].to_numpy()] += shard_counts["unlabeled"].to_numpy()
     graded = [card.counts for card in cards if "rating_low" in card.counts]
     vocabularies = Vocabularies(
         grades=Grades(
@@ -323,7 +456,7 @@ def encode_tables(
 
 
 def open_features(workspace: Workspace, folder: str) -> Features:
-    """What `encode_tables` wrote; samples are mapped shard by shard, as they are read."""
+    """Opens the output of `encode_tables`; sample shards are mapped when they are read."""
     done = _Encoded.model_validate(workspace.read_json(f"{folder}/{ENCODED}/{_DONE}"))
     vocabularies = read_vocabularies(workspace, folder)
     items, counts = read_items(workspace, folder)
@@ -336,19 +469,19 @@ def open_features(workspace: Workspace, folder: str) -> Features:
 
 
 def evaluated(sizes: Sequence[int]) -> list[int]:
-    """The sizes of those first shards of a split that are scored."""
+    """Sizes of the first shards of a split, up to the limit for scoring."""
     within = np.cumsum(sizes) <= EVALUATED_ROWS
     return list(sizes[: max(1, int(within.sum()))])
 
 
 def item_shards(workspace: Workspace, vocabularies: Vocabularies) -> Iterator[pa.Table]:
-    """The shards of the prepared items table, with those columns that are encoded."""
+    """Shards of the prepared items table, with the encoded columns."""
     for number in workspace.table_shards("items"):
         yield workspace.read_parquet(table_file("items", number), ["item_id", *vocabularies.attributes])
 
 
 class _EncodedShards:
-    """All encoded shards; the last used stay mapped."""
+    """All encoded shards; recently used ones stay mapped."""
 
     def __init__(self, workspace: Workspace, folder: str, done: _Encoded, vocabularies: Vocabularies) -> None:
         self.workspace, self.folder, self.done, self.vocabularies = workspace, folder, done, vocabularies
@@ -358,9 +491,9 @@ class _EncodedShards:
         samples, behaviors = (_map(self.workspace, self.folder, name, number) for name in ("samples", "behaviors"))
         profile = [value_codes(samples[name], values) for name, values in self.vocabularies.profile.items()]
         starts, lengths = (samples[name].to_numpy() for name in ("start", "length"))
-        of_history, rating, label = (behaviors[name].to_numpy() for name in ("item", "rating", "label"))
+        history_items, rating, label = (behaviors[name].to_numpy() for name in ("item", "rating", "label"))
         outcomes = self.vocabularies.grades.tokens(rating, label)
-        histories = Histories(starts, lengths, of_history, outcomes, self.done.history_length)
+        histories = Histories(starts, lengths, history_items, outcomes, self.done.history_length)
         names = ("user_id", "item_id", "item", "label", "time", "weight")
         user_ids, item_ids, items, labels, times, weights = (samples[name].to_numpy() for name in names)
         profiles = np.stack(profile, axis=1) if profile else np.zeros((len(samples), 0), dtype=np.int32)
@@ -404,7 +537,7 @@ def _attribute_values(workspace: Workspace, attributes: Sequence[str]) -> dict[s
 def _profile_values(
     workspace: Workspace, folder: str, profile: Sequence[str], train_rows: Mapping[int, int]
 ) -> dict[str, pa.Array]:
-    """Of the users that training shows. train_rows: in each shard, the first ones."""
+    """Values of users in training. train_rows: in each shard, the first ones."""
     has = set(_map(workspace, folder, "samples", 0).column_names) if profile else set()
     return {
         name: distinct_values(

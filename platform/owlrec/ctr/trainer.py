@@ -1,6 +1,6 @@
-"""Training of one trial in one process: optimizer, checkpoints, epochs, the best epoch's weights and their export.
+"""Training of one trial in one process: optimizer, checkpoints, epochs, weights of the best epoch.
 
-`training` runs it in the processes of Ray Train; `train_one` is all that a test or a notebook needs.
+`training` runs it in the processes of Ray Train; tests and notebooks need only `train_one`.
 """
 
 import ctypes
@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from owlrec import evaluation as metrics
-from owlrec.ctr.adaptor import code_sizes
 from owlrec.ctr.batches import SplitBatches, Tables, epoch_steps, scan_steps, segments
 from owlrec.ctr.experiment import (
     SCORES_FILE,
     SPARSE_ABOVE_ROWS,
+    TABLE_LEARNING_RATE,
     CTRConfig,
     Metrics,
     ScoredRows,
@@ -42,19 +42,19 @@ from owlrec.ctr.experiment import (
     slices_of,
 )
 from owlrec.ctr.features import Features, Grades, ItemFeatures, Split, Vocabularies
-from owlrec.ctr.knowledge import STREAMING, VectorTable, arm_parts, arm_sources, cascade_slots, refuse_two_sizes
-from owlrec.ctr.model import CTRModel, ModelSpec
+from owlrec.ctr.knowledge_tables import STREAMING, VectorTable, arm_parts, arm_sources, cascade_slots, refuse_two_sizes
+from owlrec.ctr.model import CTRModel, ModelSpec, code_sizes
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
 # --------------------------------------------------------------------------------------------------------------- worker
-# One of the processes that torch.distributed joins: CTR models and the LLM ranker are trained by such.
+# One of the processes in a torch.distributed group; CTR models and the LLM ranker train in such groups.
 
 
 @dataclass(frozen=True)
 class Worker:
-    """Which of how many workers this is, and where it computes."""
+    """Rank and number of this worker, and its device."""
 
     rank: int = 0
     world_size: int = 1
@@ -65,18 +65,18 @@ ALONE = Worker()
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
-# glibc's allocator, told to keep what a training step frees.
+# Tells glibc's allocator to keep memory that a training step frees.
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_ constants of malloc.h
 
 
 def keep_freed_memory() -> None:
-    """From now on this process gives freed memory back only when it ends.
+    """From now on this process returns freed memory only when it exits.
 
-    By default glibc maps each tensor of more than 32 MB again and unmaps it when it is freed: on a CPU a quarter of a
+    By default glibc maps each tensor of more than 32 MB on allocation and unmaps it when freed. On a CPU a quarter of a
     step then goes into page faults (batch 4,096: DCN-V2 83 ms to 64, DIN 103 ms to 74). For processes that train and
-    end. Nothing happens where there is no glibc.
+    exit. Does nothing without glibc.
     """
     if sys.platform != "linux":
         return
@@ -86,13 +86,13 @@ def keep_freed_memory() -> None:
             mallopt(option, 1 << 30)
 
 
-# ------------------------------------------------------------------------------------------------------------ optimiser
-# What moves a CTR model's weights: AdamW for what is dense, row-wise Adagrad for large id tables.
+# ------------------------------------------------------------------------------------------------------------ optimizer
+# Optimizers of a CTR model: AdamW for dense weights, row-wise Adagrad for large id tables.
 #
-# Row-wise Adagrad (FBGEMM's EXACT_ROWWISE_ADAGRAD, which DLRM trains with) keeps one number a row, the sum of its
-# gradients' mean squares, and reads and writes only the rows that a batch used: a step's time does not grow with the
+# Row-wise Adagrad (FBGEMM's EXACT_ROWWISE_ADAGRAD, used by DLRM) keeps one number per row, the sum of its
+# gradients' mean squares, and touches only the rows of a batch. So a step's time does not grow with the
 # table, whereas a dense gradient of 10^7 x 32 is 1.3 GB, and AdamW's two moments twice that again. Small tables stay
-# on AdamW, for almost every row of theirs is in every batch: see SPARSE_ABOVE_ROWS.
+# on AdamW, because almost every row is in every batch: see SPARSE_ABOVE_ROWS.
 
 
 _EPSILON = 1e-8  # FBGEMM's default
@@ -108,7 +108,7 @@ class RowwiseAdagrad(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Moves the rows that have a gradient. Every gradient must be sparse; its rows may repeat."""
+        """Updates the rows with a gradient. Every gradient must be sparse; its rows may repeat."""
         for group in self.param_groups:
             for table in group["params"]:
                 if table.grad is None:
@@ -123,21 +123,21 @@ class RowwiseAdagrad(torch.optim.Optimizer):
 
 
 def large_tables(model: nn.Module, above_rows: int) -> dict[str, Tensor]:
-    """Name -> weights of each embedding table with more than `above_rows` rows, which from now on yields sparse
+    """Name -> weights of each embedding table with more than `above_rows` rows; from now on these have sparse
     gradients.
     """
-    found: dict[str, Tensor] = {}
+    tables: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.num_embeddings > above_rows:
             module.sparse = True
-            found[f"{name}.weight"] = module.weight
-    return found
+            tables[f"{name}.weight"] = module.weight
+    return tables
 
 
 def mean_over_ranks(gradient: Tensor, world_size: int) -> Tensor:
-    """A table's gradient, averaged over the ranks; each sends only the rows that it touched.
+    """A table's gradient averaged over the ranks; each sends only the rows it touched.
 
-    DistributedDataParallel would do so with gloo but not with NCCL, so the tables are kept from it.
+    DistributedDataParallel could do this with gloo but not with NCCL, so it skips these tables.
     gradient: sparse [n, e]; ranks may have touched different numbers of rows. Returns the same on all ranks, coalesced.
     """
     gradient = gradient.coalesce()
@@ -157,77 +157,84 @@ def mean_over_ranks(gradient: Tensor, world_size: int) -> Tensor:
     ).coalesce()
 
 
-class Optimisers:
-    """Both optimisers of a model. Their rates stay what they are: early stopping ends a trial after a few epochs."""
+class Optimizers:
+    """Both optimizers of a model. Learning rates stay constant: early stopping ends a trial after a few epochs."""
 
     def __init__(
-        self, model: nn.Module, config: CTRConfig, world_size: int = 1, sparse_above_rows: int = SPARSE_ABOVE_ROWS
+        self,
+        model: nn.Module,
+        config: CTRConfig,
+        world_size: int = 1,
+        sparse_above_rows: int = SPARSE_ABOVE_ROWS,
+        table_learning_rate: float = TABLE_LEARNING_RATE,
     ) -> None:
         self.config, self.world_size = config, world_size
-        self.steps = 0  # done
+        self.steps = 0  # completed
         self.tables = large_tables(model, sparse_above_rows)
         dense = [weight for name, weight in model.named_parameters() if name not in self.tables]
-        self._optimisers: list[torch.optim.Optimizer] = [
-            # One kernel for all weights: foreach, the default, passes over them a dozen times.
-            torch.optim.AdamW(dense, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+        self._optimizers: list[torch.optim.Optimizer] = [
+            # One kernel for all weights; foreach, the default, makes a dozen passes over them.
+            # No weight decay: from 0 to 1 it moved the valid AUC by less than .0005, early stopping does its work.
+            torch.optim.AdamW(dense, lr=config.learning_rate, weight_decay=0.0, fused=True)
         ]
         if self.tables:
-            self._optimisers.append(RowwiseAdagrad(list(self.tables.values()), config.table_learning_rate))
+            self._optimizers.append(RowwiseAdagrad(list(self.tables.values()), table_learning_rate))
 
     def zero_grad(self) -> None:
-        """Forgets all gradients."""
-        for optimiser in self._optimisers:
-            optimiser.zero_grad()
+        """Clears all gradients."""
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
 
     def step(self) -> None:
-        """One step of both. Dense gradients must be averaged over the ranks already; those of tables are here."""
+        """One step of both. Dense gradients must already be averaged over the ranks; tables' gradients are averaged
+        here."""
         if self.world_size > 1:
             for table in self.tables.values():
                 if table.grad is not None:
                     table.grad = mean_over_ranks(table.grad, self.world_size)
-        for optimiser in self._optimisers:
-            optimiser.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         self.steps += 1
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold of them, beside `steps`."""
+        """State for a checkpoint, in addition to `steps`."""
         return {
             f"{i}.{weight}.{name}": value
-            for i, optimiser in enumerate(self._optimisers)
-            for weight, values in optimiser.state_dict()["state"].items()
+            for i, optimizer in enumerate(self._optimizers)
+            for weight, values in optimizer.state_dict()["state"].items()
             for name, value in values.items()
         }
 
     def restore(self, state: dict[str, Tensor], steps: int) -> None:
-        """Goes on from what `state` and `steps` held, of the same model and settings."""
+        """Restores `state` and `steps` of the same model and settings."""
         self.steps = steps
-        for i, optimiser in enumerate(self._optimisers):
+        for i, optimizer in enumerate(self._optimizers):
             restored: dict[int, dict[str, Tensor]] = {}
             for key, value in state.items():
-                of, weight, name = key.split(".")
-                if int(of) == i:
+                number, weight, name = key.split(".")
+                if int(number) == i:
                     restored.setdefault(int(weight), {})[name] = value
-            optimiser.load_state_dict({**optimiser.state_dict(), "state": restored})
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
 
 
 # ----------------------------------------------------------------------------------------------------------- checkpoint
-# Where a trial stands, so that a killed one goes on at the very next sample.
+# Checkpoint of a trial, so that a killed one resumes at the very next sample.
 #
-# One safetensors file holds everything that the next step depends on: weights, the best epoch's weights, both
-# optimisers, each rank's random state, and the position in the epoch's order of rows, which itself follows from seed
-# and epoch. One file is replaced atomically, so no kill leaves half a checkpoint; and it is not a pickle.
+# One safetensors file has everything that the next step depends on: weights, the best epoch's weights, both
+# optimizers, each rank's random state, and the position in the epoch's order of rows, which itself follows from seed
+# and epoch. The file is replaced atomically, so no kill leaves half a checkpoint; and it is not a pickle.
 
 
 class Progress(BaseModel):
-    """How far a trial is."""
+    """Progress of a trial."""
 
     epoch: int = 1  # the current one
-    batches: int = 0  # of it that are trained
-    steps: int = 0  # of all epochs
+    batches: int = 0  # trained batches of it
+    steps: int = 0  # over all epochs
     best_auc: float = -1.0
     best_epoch: int = 0
-    training_s: float = 0.0  # without evaluation; that which is lost with a kill is not in it
-    resumed: int = 0  # times
+    training_s: float = 0.0  # without evaluation and without time lost to kills
+    resumed: int = 0  # number of resumes
 
 
 @dataclass(frozen=True)
@@ -237,10 +244,10 @@ class CheckpointFile:
     workspace: Workspace
     path: str
     every_steps: int
-    trial: str = ""  # fingerprint of all that the tensors depend on; `of` sets it
+    trial: str = ""  # fingerprint of everything the tensors depend on; set by `of`
 
     def of(self, *parts: Any) -> "CheckpointFile":
-        """The same file, for a trial that `parts` (models or plain values) describe."""
+        """The same file for a trial described by `parts` (models or plain values)."""
         return replace(self, trial=fingerprint(*parts))
 
     def save(self, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
@@ -250,8 +257,8 @@ class CheckpointFile:
         self.workspace.write_bytes(self.path, safetensors.torch.save(plain, metadata))
 
     def load(self) -> tuple[Progress, dict[str, Tensor]] | None:
-        """What `save` wrote, on the CPU; None where nothing was. Raises WorkspaceError where the file is damaged, or of
-        another trial.
+        """Loads the file of `save` on the CPU; None if there is none. Raises WorkspaceError if it is damaged or belongs
+        to another trial.
         """
         if not self.workspace.exists(self.path):
             return None
@@ -261,31 +268,31 @@ class CheckpointFile:
             metadata = metadata_of(data)
         except (safetensors.SafetensorError, KeyError, ValueError) as error:
             raise WorkspaceError(
-                f"{self.workspace.path(self.path)} is not a readable checkpoint ({error}). Delete it, and the trial "
-                f"starts over."
+                f"{self.workspace.path(self.path)} is not a readable checkpoint ({error}). Delete it to "
+                "restart the trial."
             ) from None
         if metadata["trial"] != self.trial:
             raise WorkspaceError(
-                f"{self.workspace.path(self.path)} is the checkpoint of another model or of other data. Delete it, and "
-                f"the trial starts over."
+                f"{self.workspace.path(self.path)} is a checkpoint of another model or of other data. Delete "
+                "it to restart the trial."
             )
         progress = Progress.model_validate_json(metadata["progress"])
         progress.resumed += 1
         return progress, tensors
 
     def delete(self) -> None:
-        """Removes the file, if there is one."""
+        """Removes the file if it exists."""
         self.workspace.delete_file(self.path)
 
 
 def metadata_of(data: bytes) -> dict[str, str]:
-    """What stands beside the tensors of a safetensors file, which safetensors itself reads from files only.
+    """Metadata of a safetensors file, which safetensors itself reads only from files.
 
-    Raises KeyError or ValueError where there is none.
+    Raises KeyError or ValueError if there is none.
     """
-    length = int.from_bytes(data[:8], "little")  # of the JSON header
-    found: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
-    return found
+    length = int.from_bytes(data[:8], "little")  # length of the JSON header
+    metadata: dict[str, str] = json.loads(data[8 : 8 + length])["__metadata__"]
+    return metadata
 
 
 def random_states(worker: Worker) -> dict[str, Tensor]:
@@ -295,31 +302,31 @@ def random_states(worker: Worker) -> dict[str, Tensor]:
         states["cuda"] = torch.cuda.get_rng_state(worker.device)
     if worker.world_size == 1:
         return {f"{name}.{worker.rank}": state for name, state in states.items()}
-    found = {}
+    all_states = {}
     for name, state in states.items():
         gathered = [torch.empty_like(state, device=worker.device) for _ in range(worker.world_size)]
         dist.all_gather(gathered, state.to(worker.device))
-        found.update({f"{name}.{other}": part.cpu() for other, part in enumerate(gathered)})
-    return found
+        all_states.update({f"{name}.{other}": part.cpu() for other, part in enumerate(gathered)})
+    return all_states
 
 
 def restore_random_states(states: Mapping[str, Tensor], worker: Worker) -> None:
-    """Puts this rank's generators where `random_states` found them."""
+    """Restores this rank's generators from `random_states`."""
     torch.set_rng_state(states[f"cpu.{worker.rank}"])
     if f"cuda.{worker.rank}" in states:
         torch.cuda.set_rng_state(states[f"cuda.{worker.rank}"], worker.device)
 
 
 # --------------------------------------------------------------------------------------------------------------- epochs
-# The epochs of a trial: steps, early stopping on valid, checkpoints, and going on from one.
+# The epochs of a trial: steps, early stopping on valid, checkpoints, and resuming from one.
 #
-# All that a step depends on is either a function of seed and position (the order of the rows, the learning rate) or in
-# the checkpoint, so a trial that was killed ends with the very weights of one that was not.
+# Everything a step depends on is either a function of seed and position (order of rows, learning rate) or in
+# the checkpoint, so a killed trial ends with exactly the same weights as an uninterrupted one.
 
 
 logger = logging.getLogger(__name__)
 
-# With fewer steps an epoch, early stopping judges a model that has hardly moved: on 9,554 rows of MovieLens-100K,
+# With fewer steps per epoch, early stopping evaluates a model that has hardly moved: on 9,554 rows of MovieLens-100K,
 # batches of 2048 stopped at epoch 1 in two of eight trials and were still improving after 15 in most others.
 _MIN_STEPS = 30
 
@@ -336,28 +343,29 @@ class Epochs:
         worker: Worker,
         checkpoint: CheckpointFile | None,
     ) -> None:
-        """sizes: rows of each shard that is trained on."""
+        """sizes: rows of each training shard."""
         self.model, self.config, self.seed, self.sizes = model, config, seed, sizes
         self.worker, self.checkpoint = worker, checkpoint
         n_rows = sum(sizes)
         self.batch_size = min(config.batch_size, max(1, n_rows // _MIN_STEPS))
-        self.optimisers = Optimisers(model, config, worker.world_size, SPARSE_ABOVE_ROWS)
+        self.optimizers = Optimizers(model, config, worker.world_size, SPARSE_ABOVE_ROWS, TABLE_LEARNING_RATE)
         self.wrapped: nn.Module = model
         if worker.world_size > 1:
-            # Buffers are the items' codes, the same everywhere; by default DDP sends them to all ranks at each step.
+            # Buffers are the items' codes, the same everywhere; by default DDP broadcasts them at each step.
             nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-                model, list(self.optimisers.tables)
+                model, list(self.optimizers.tables)
             )
             self.wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-        torch.manual_seed(seed + worker.rank)  # from here on randomness is dropout, which must differ between ranks
+        torch.manual_seed(seed + worker.rank)  # from here on, only dropout is random; it must differ between ranks
         self.progress = Progress()
         self.best_weights: dict[str, Tensor] = {}
         self._resume()
 
     def train(self, split: SplitBatches, valid_auc: Callable[[int], float]) -> Progress:
-        """Trains to the end, and leaves the model with the weights of the best epoch.
+        """Trains to the end and loads the weights of the best epoch.
 
-        valid_auc: called after each epoch, with its number; all ranks must return the same. What it raises ends it all.
+        valid_auc: called after each epoch with its number; all ranks must return the same. Its exceptions stop
+        training.
         """
         progress = self.progress
         while True:
@@ -385,9 +393,9 @@ class Epochs:
                 with autocast:
                     logits = model(batch)
                 loss = targets.loss(logits.float())
-                self.optimisers.zero_grad()
+                self.optimizers.zero_grad()
                 loss.backward()
-                self.optimisers.step()
+                self.optimizers.step()
                 progress.batches, progress.steps = progress.batches + 1, progress.steps + 1
                 if self.checkpoint is not None and progress.steps % self.checkpoint.every_steps == 0:
                     now = time.perf_counter()
@@ -402,75 +410,75 @@ class Epochs:
             parts = {
                 "model": self.model.state_dict(),
                 "best": self.best_weights,
-                "optimiser": self.optimisers.state(),
+                "optimizer": self.optimizers.state(),
                 "random": random,
             }
             checkpoint.save(self.progress, {f"{part}/{k}": v for part, held in parts.items() for k, v in held.items()})
 
     def _resume(self) -> None:
-        found = self.checkpoint.load() if self.checkpoint is not None else None
-        if found is None:
+        saved = self.checkpoint.load() if self.checkpoint is not None else None
+        if saved is None:
             return
-        self.progress, tensors = found
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimiser": {}, "random": {}}
+        self.progress, tensors = saved
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "random": {}}
         for name, tensor in tensors.items():
             part, _, key = name.partition("/")
             parts[part][key] = tensor
         self.model.load_state_dict(parts["model"])
         self.best_weights = parts["best"]
-        self.optimisers.restore(parts["optimiser"], self.progress.steps)
+        self.optimizers.restore(parts["optimizer"], self.progress.steps)
         restore_random_states(parts["random"], self.worker)
         logger.info("resumed in epoch %d, after %d batches", self.progress.epoch, self.progress.batches)
 
 
 # -------------------------------------------------------------------------------------------------------------- fitting
-# Trains one trial, on one process or on several that torch.distributed joins; knows nothing of Ray.
+# Trains one trial, in one process or in several torch.distributed ones; does not depend on Ray.
 #
-# The best epoch is chosen on the valid AUC; the test split is scored once, with that epoch's weights (KAR's released
-# code selects on test, which flatters every figure). Vectors are gathered by id, from memory-mapped shards, batch by
+# The best epoch is chosen on valid AUC; the test split is scored once, with that epoch's weights (KAR's released
+# code selects on test, which inflates every figure). Vectors are gathered by id from memory-mapped shards, batch by
 # batch.
 
 
 _SCORING_ROWS = 8192
 # Settings that may change while a trial is interrupted.
-_BESIDE_A_TRIAL = {"backbones", "arms", "seeds", "patience"}
+_CHANGEABLE_SETTINGS = {"backbones", "arms", "seeds", "patience"}
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What all trials of a grid share."""
+    """Data shared by all trials of a grid."""
 
     features: Features
-    knowledge: Mapping[str, Mapping[str, VectorTable]]  # source -> side ("user", "item"), as the arms need them
+    knowledge: Mapping[str, Mapping[str, VectorTable]]  # source -> kind ("user", "item"), as needed by the arms
 
     def tables(self, trial: Trial) -> Tables | None:
-        """What `tables_of` gives."""
+        """Output of `tables_of`."""
         return tables_of(trial, self.knowledge)
 
 
 def tables_of(trial: Trial, knowledge: Mapping[str, Mapping[str, VectorTable]]) -> Tables | None:
-    """The vectors that a trial reads, None for arm "none".
+    """Vectors that a trial reads, None for arm "none".
 
-    knowledge: as TrainingData holds it. Raises RecipeError where they were not given, SchemaError where two tables
+    knowledge: as in TrainingData. Raises RecipeError if they are missing, and SchemaError if two tables
     differ in size or codes are missing.
     """
     if trial.arm == "none":
         return None
     sources = arm_sources(trial.arm, knowledge)
-    of_user = ("knowledge", STREAMING) if arm_parts(trial.arm)[0] == "streaming" else sources.user
-    users = {f"{source} vectors of users": knowledge[source]["user"] for source in of_user}
+    user_reads = ("knowledge", STREAMING) if arm_parts(trial.arm)[0] == "streaming" else sources.user
+    users = {f"{source} vectors of users": knowledge[source]["user"] for source in user_reads}
     items = {f"{source} vectors of items": knowledge[source]["item"] for source in sources.item}
     reads, form = arm_parts(trial.arm)
     if form != "codes":
         refuse_two_sizes({**users, **items})
-    of_users = tuple(users.values()) if reads != "streaming" else cascade_slots(*users.values())
-    tables = Tables(of_users, tuple(items.values()), form)
+    user_tables = tuple(users.values()) if reads != "streaming" else cascade_slots(*users.values())
+    tables = Tables(user_tables, tuple(items.values()), form)
     return tables.shuffled(trial.seed) if reads == "shuffled" else tables
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trial's result, its model with the best epoch's weights, and how that scored the test split."""
+    """A trial's result, its model with the best epoch's weights, and its scores of the test split."""
 
     result: TrialResult
     model: CTRModel
@@ -485,12 +493,12 @@ def train_one(
     checkpoint: CheckpointFile | None = None,
     begin: Callable[[CTRModel, Vocabularies], None] | None = None,
 ) -> Trained:
-    """Trains a trial to its best valid AUC, and scores valid and test with that epoch's weights.
+    """Trains a trial to its best valid AUC, then scores valid and test with that epoch's weights.
 
-    Where world_size exceeds 1, every rank of the process group must call it; all return the same metrics and weights.
-    checkpoint: the trial goes on from it where it exists, and writes it. Callers delete it after storing the result.
-    begin: gives the new model other weights than random ones (WarmStart.load_into).
-    Raises RecipeError where training diverges, or where the arm's vectors are missing; WorkspaceError for a checkpoint
+    If world_size exceeds 1, every rank of the process group must call it; all return the same metrics and weights.
+    checkpoint: resumes from it if it exists, and writes it. Callers delete it after storing the result.
+    begin: loads other than random weights into the new model (WarmStart.load_into).
+    Raises RecipeError if training diverges or the arm's vectors are missing, and WorkspaceError for a checkpoint
     of another model.
     """
     started = time.perf_counter()
@@ -513,7 +521,7 @@ def train_one(
     model = model.to(worker.device)
     train, labels = splits["train"].split, _columns(splits["valid"].split, "labels")[0]
     if checkpoint is not None:
-        settings = (config.model_dump(exclude=_BESIDE_A_TRIAL), SPARSE_ABOVE_ROWS)
+        settings = (config.model_dump(exclude=_CHANGEABLE_SETTINGS), SPARSE_ABOVE_ROWS, TABLE_LEARNING_RATE)
         checkpoint = checkpoint.of(spec, trial, settings, worker.world_size, train.sizes)
 
     def valid_auc(epoch: int) -> float:
@@ -545,7 +553,7 @@ def train_one(
 
 
 def score(model: CTRModel, split: SplitBatches, worker: Worker = ALONE) -> np.ndarray:
-    """float64 [n]: the probabilities of a split's rows, in its order, on every rank; each computes a range of them."""
+    """float64 [n]: probabilities of a split's rows, in order, on every rank; each rank computes a range of them."""
     sizes, n = split.split.sizes, len(split.split)
     share = -(-n // worker.world_size)
     start, end = (min(n, share * rank) for rank in (worker.rank, worker.rank + 1))
@@ -554,7 +562,7 @@ def score(model: CTRModel, split: SplitBatches, worker: Worker = ALONE) -> np.nd
         parts = [model(batch) for batch, _ in batches]
     logits = torch.cat([*parts, torch.empty(0, device=split.device)])
     if worker.world_size > 1:
-        # The last ranks may have fewer rows: they pad, and the cut to n removes exactly that padding.
+        # The last ranks may have fewer rows: they pad, and the truncation to n removes exactly that padding.
         logits = F.pad(logits, (0, share - len(logits)))
         gathered = [torch.empty_like(logits) for _ in range(worker.world_size)]
         dist.all_gather(gathered, logits)
@@ -563,7 +571,7 @@ def score(model: CTRModel, split: SplitBatches, worker: Worker = ALONE) -> np.nd
 
 
 def _columns(split: Split, *names: str) -> list[np.ndarray]:
-    """Columns of a whole split, copied, without the behaviors that it refers to."""
+    """Columns of a whole split, copied, without the behaviors it refers to."""
     columns: list[list[np.ndarray]] = [[] for _ in names]
     for shard, a, b in segments(split.sizes, 0, len(split)):
         samples = split.shards[shard]
@@ -583,15 +591,15 @@ def _evaluate(rows: ScoredRows) -> Metrics:
         auc=metrics.auc(rows.labels, rows.scores),
         gauc=None if np.isnan(gauc) else gauc,
         log_loss=metrics.log_loss(rows.labels, rows.scores),
-        calibration_error=metrics.equal_mass_calibration_error(rows.labels, rows.scores),
+        calibration_error=metrics.calibration_error(rows.labels, rows.scores),
     )
 
 
 # --------------------------------------------------------------------------------------------------------------- export
-# A trained trial on disk: model.safetensors, spec.json, test_scores.parquet and, last, result.json.
+# A trained trial on disk: model.safetensors, spec.json, test_scores.parquet and, written last, result.json.
 #
 # Vocabularies and items, which encode the input, are files in the grid's folder; an artifact has its own. No pickle:
-# weights that came from elsewhere must not be able to run code.
+# weights from other sources must not be able to run code.
 
 
 VOCABULARIES = "vocabularies.parquet"
@@ -614,15 +622,15 @@ def load_trial(workspace: Workspace, folder: str, items: ItemFeatures) -> CTRMod
     """A trained model, ready to score (in eval mode, on the CPU).
 
     items: the item table encoded by the grid's own vocabularies (`read_vocabularies`, `encode_items`).
-    Raises WorkspaceError where the folder is incomplete, or holds weights of another model.
+    Raises WorkspaceError if the folder is incomplete or has weights of another model.
     """
     model = CTRModel(ModelSpec.model_validate(workspace.read_json(f"{folder}/spec.json")), items)
     try:
         model.load_state_dict(safetensors.torch.load(workspace.read_bytes(f"{folder}/model.safetensors")))
     except (RuntimeError, safetensors.SafetensorError) as error:
         raise WorkspaceError(
-            f"{workspace.path(folder)}: weights and spec.json do not belong together ({error}). "
-            f"Delete the folder and run `train_ctr` again."
+            f"{workspace.path(folder)}: weights and spec.json do not match ({error}). Delete the folder and "
+            "run `train_ctr` again."
         ) from None
     return model.eval()
 
@@ -633,9 +641,9 @@ def write_vocabularies(workspace: Workspace, folder: str, vocabularies: Vocabula
         "item": vocabularies.items.cast(pa.string()),
         **{f"attribute{_SEPARATOR}{name}": values for name, values in vocabularies.attributes.items()},
         **{f"profile{_SEPARATOR}{name}": values for name, values in vocabularies.profile.items()},
-        "grades": pa.array([repr(rating) for rating in vocabularies.grades]),  # the lowest and the highest
+        "grades": pa.array([repr(rating) for rating in vocabularies.grades]),  # lowest and highest
     }
-    # A field without values would vanish from the table, and with it a column of the model's input.
+    # A field without values would vanish from the table, and a column of the model's input with it.
     values = [pa.concat_arrays([pa.array([None], pa.string()), v.cast(pa.string())]) for v in fields.values()]
     names = [pa.array([name] * len(v), pa.string()) for name, v in zip(fields, values, strict=True)]
     table = pa.table({"field": pa.concat_arrays(names), "value": pa.concat_arrays(values)})
@@ -643,34 +651,34 @@ def write_vocabularies(workspace: Workspace, folder: str, vocabularies: Vocabula
 
 
 def read_vocabularies(workspace: Workspace, folder: str) -> Vocabularies:
-    """What `write_vocabularies` wrote. Raises WorkspaceError where it is missing."""
+    """Reads the file of `write_vocabularies`. Raises WorkspaceError if it is missing."""
     table = workspace.read_parquet(f"{folder}/{VOCABULARIES}")
     fields = {
         name: table.filter(pc.equal(table["field"], name))["value"].drop_null().combine_chunks()
         for name in pc.unique(table["field"]).to_pylist()
     }
 
-    def of(kind: str) -> dict[str, pa.Array]:
+    def section(kind: str) -> dict[str, pa.Array]:
         prefix = kind + _SEPARATOR
         return {name.removeprefix(prefix): values for name, values in fields.items() if name.startswith(prefix)}
 
     return Vocabularies(
         items=fields["item"].cast(pa.int64()),
-        attributes=of("attribute"),
-        profile=of("profile"),
+        attributes=section("attribute"),
+        profile=section("profile"),
         grades=Grades(*map(float, fields["grades"].to_pylist())),
     )
 
 
 def write_items(workspace: Workspace, folder: str, items: ItemFeatures, counts: np.ndarray | None = None) -> None:
-    """Writes items.safetensors. counts: features.Features.item_counts, for training alone."""
+    """Writes items.safetensors. counts: features.Features.item_counts, for training only."""
     counts = np.zeros(len(items.codes), np.int64) if counts is None else counts
     arrays = {"ids": items.ids, "codes": items.codes, "attributes": items.attributes, "counts": counts}
     workspace.write_bytes(f"{folder}/{ITEMS}", safetensors.numpy.save(arrays))
 
 
 def read_items(workspace: Workspace, folder: str) -> tuple[ItemFeatures, np.ndarray]:
-    """What `write_items` wrote. Raises WorkspaceError where it is missing or damaged."""
+    """Reads the file of `write_items`. Raises WorkspaceError if it is missing or damaged."""
     try:
         arrays = safetensors.numpy.load(workspace.read_bytes(f"{folder}/{ITEMS}"))
         return ItemFeatures(arrays["ids"], arrays["codes"], arrays["attributes"]), arrays["counts"]

@@ -1,10 +1,10 @@
-"""Trains a grid of trials through Ray Train: the only file of this package that knows Ray. `fit_workers` and
-`this_worker` serve LoRA tuning (`ranking.lora`) too.
+"""Trains a grid of trials with Ray Train; no other file of this package uses Ray. LoRA tuning (`ranking.lora`) also
+uses `fit_workers` and `this_worker`.
 
-One worker group trains all pending trials one after another, since starting a group costs about ten seconds, more
-than a small trial takes. Each trial is exported as soon as it is trained, its result.json last, and a trial that has
-one is never trained again: that is what makes a grid resumable. Within a trial a restarted group goes on from the
-trial's own checkpoint (checkpoint.py); Ray's are not used, for they are pickled and belong to a run, not to a grid.
+One worker group trains all pending trials one after another, since starting a group takes about ten seconds, more
+than a small trial. Each trial is exported right after training, its result.json last, and a trial with a
+result is never trained again, so a grid is resumable. Within a trial, a restarted group resumes from the
+trial's own checkpoint (trainer.py); Ray's are not used, because they are pickled and belong to a run, not to a grid.
 """
 
 import os
@@ -16,49 +16,50 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from owlrec.config import Config
-from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, TrialResult, finished_trials, grid_folder
-from owlrec.ctr.knowledge import arm_sources, stored_sources
+from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, TrialResult, WorkersConfig, finished_trials, grid_folder
+from owlrec.ctr.knowledge_tables import arm_sources, stored_sources
 from owlrec.ctr.trainer import Worker
 from owlrec.errors import root_mistake
-from owlrec.process import redirect_output
+from owlrec.machine import redirect_output
 from owlrec.runner import Pool
 from owlrec.workspace import Workspace
 
-# Two ranks that stop answering each other for this long will not recover; torch would wait half an hour.
+# Two ranks without contact for this long will not recover; torch would wait half an hour.
 _COLLECTIVE_TIMEOUT_S = 300
-# A group that finds no resources is asked for once a minute (Ray Train); by default Ray never gives up.
+# Interval of requests for a group without resources (Ray Train); by default Ray never gives up.
 _START_ATTEMPTS = 15
 _POLL_S = 0.5
 _ROWS_HERE = 5_000_000
 
 
-# Restarts after a lost worker: spot machines go several times in a long run, and a mistake that every restart repeats
-# costs some seconds.
+# Restarts after a lost worker: spot machines are lost several times in a long run, and an error that repeats
+# costs only seconds.
 MAX_FAILURES = 3
-# Between two checkpoints of a trial; a restart goes on from the last, at the very next sample. A step takes some 10 ms,
+# Time between two checkpoints of a trial; a restart resumes at the very next sample. A step takes about 10 ms,
 # a checkpoint less than a second.
 CHECKPOINT_STEPS = 1000
 
 
-class WorkersJob(Config):
-    """What every worker of a group is told: names only, for each reads the tables itself."""
+class WorkerSpec(Config):
+    """Instructions for every worker of a group: names only, since each reads the tables itself."""
 
-    settings: Any  # with num_workers and use_gpu
-    threads: int | None = None  # of each worker; None = the machine's cores, shared among its workers
+    settings: Any
+    workers: WorkersConfig = WorkersConfig()
+    threads: int | None = None  # per worker; None = the machine's cores, shared among its workers
     max_failures: int = MAX_FAILURES
 
 
-class GridJob(WorkersJob):
-    """Of a grid of trials."""
+class GridSpec(WorkerSpec):
+    """Instructions for a grid of trials."""
 
     settings: CTRConfig
     trials: tuple[Trial, ...]
-    knowledge: dict[str, dict[str, str]]  # source -> side -> folder, of those that the trials read
+    knowledge: dict[str, dict[str, str]]  # source -> kind -> folder, for the sources that trials read
     fingerprint: str
     attributes: tuple[str, ...]
     profile: tuple[str, ...]
-    soft_labels: str | None = None  # folder of the probabilities to learn from, for settings.distillation
-    warm_start: str | None = None  # the artifact that the trials go on from
+    soft_labels: str | None = None  # folder of the LLM's probabilities, for settings.distillation
+    warm_start: str | None = None  # the artifact that trials continue from
     checkpoint_steps: int = CHECKPOINT_STEPS
 
 
@@ -71,6 +72,7 @@ def train_trials(
     fingerprint: str,
     attributes: Sequence[str],
     profile: Sequence[str],
+    workers: WorkersConfig | None = None,
     soft_labels: str | None = None,
     warm_start: str | None = None,
     pool: Pool | None = None,
@@ -78,26 +80,28 @@ def train_trials(
     checkpoint_steps: int = CHECKPOINT_STEPS,
     on_trial: Callable[[TrialResult], None],
 ) -> list[TrialResult]:
-    """Trains those of `trials` that have no result yet, from the tables users, items and samples.
+    """Trains those of `trials` without a result, from the tables users, items and samples.
 
-    Ray must be initialised. Worker output goes to the workspace's log file `train_ctr`.
-    knowledge: source ("knowledge", "collective", ...; see `arm_sources`) -> side ("user", "item") -> the folder that
-        holds its vectors (VectorShards). Those that the trials do not need are left alone.
-    fingerprint: of all that decides a result; it names the grid's folder, ctr/<its first 16 digits>.
-    attributes, profile: columns of items and users (see `build_features`); profile where config.use_profile only.
-    soft_labels: what `ranker score-pairs` wrote, where config.distillation is given.
-    warm_start: the folder of an artifact whose weights all trials go on from.
-    pool: where the samples are encoded.
-    on_trial: called with each new result as it is written, from a second thread of this process.
-    Returns all results in the order of `trials`. Raises RecipeError, before any training, where an arm's vectors were
-    not given; and what a worker raised, if it is an OwlRecError.
+    Ray must be initialized. Worker output goes to the workspace's log file `train_ctr`.
+    knowledge: source ("knowledge", "collective", ...; see `arm_sources`) -> side ("user", "item") -> folder of
+    its vectors (VectorShards). Unneeded ones are ignored.
+    fingerprint: of everything that determines a result; its first 16 digits name the grid's folder under ctr/.
+    attributes, profile: columns of items and users (see `build_features`); profile only with config.use_profile.
+    workers: default: one, without a GPU.
+    soft_labels: output of `ranker score-pairs`, if config.distillation is set.
+    warm_start: the folder of an artifact whose weights all trials start from.
+    pool: encodes the samples.
+    on_trial: called with each new result when it is written, from a second thread of this process.
+    Returns all results in the order of `trials`. Raises RecipeError before any training if an arm's vectors are
+    missing, and any OwlRecError of a worker.
     """
     done = {result.trial for result in finished_trials(workspace, fingerprint, trials)}
     pending = tuple(trial for trial in trials if trial not in done)
     if pending:
         needed = {source for trial in pending for source in stored_sources(arm_sources(trial.arm, knowledge))}
-        job = GridJob(
+        spec = GridSpec(
             settings=config,
+            workers=workers or WorkersConfig(),
             trials=pending,
             knowledge={source: dict(folders) for source, folders in knowledge.items() if source in needed},
             fingerprint=fingerprint,
@@ -108,43 +112,42 @@ def train_trials(
             max_failures=max_failures,
             checkpoint_steps=checkpoint_steps,
         )
-        encode_once(workspace, job, pool)
-        with _announcing(workspace, job, on_trial):
-            fit_workers(workspace, _train_pending, job, name=f"ctr/ray/{fingerprint[:8]}")
+        encode_once(workspace, spec, pool)
+        with _announcing(workspace, spec, on_trial):
+            fit_workers(workspace, _train_pending, spec, name=f"ctr/ray/{fingerprint[:8]}")
         workspace.delete_dir(grid_folder(fingerprint), ENCODED)
     return finished_trials(workspace, fingerprint, trials)
 
 
-def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], job: WorkersJob, *, name: str) -> None:
-    """Runs `loop` on a group of workers that torch.distributed joins, until it has returned on all of them.
+def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], spec: WorkerSpec, *, name: str) -> None:
+    """Runs `loop` on a group of workers in one torch.distributed group, until all have returned.
 
-    Ray must be initialised. loop: is given the workspace and, as JSON, the job. name: a path in the workspace for what
-    Ray writes meanwhile. Each worker asks for as many CPUs as the job has threads, 1 for None. Raises what a
-    worker raised, if it is an OwlRecError.
+    Ray must be initialized. loop: receives the workspace and the spec as JSON. name: a path in the workspace for Ray's
+    files. Each worker requests as many CPUs as the spec has threads, 1 for None. Raises any OwlRecError of a worker.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
-    settings = job.settings
-    # Ray resumes a run whose name and storage it has seen, silently; and it insists on a storage that all nodes share.
+    workers = spec.workers
+    # Ray silently resumes a run with a known name and storage, and requires a storage that all nodes share.
     storage, _, prefix = name.rpartition("/")
     run = f"{prefix}-{uuid.uuid4().hex[:8]}"
     filesystem, storage_path = workspace.arrow(storage)
     trainer = TorchTrainer(
         loop,
-        train_loop_config={"workspace": workspace, "job": job.model_dump(mode="json")},
+        train_loop_config={"workspace": workspace, "spec": spec.model_dump(mode="json")},
         torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=settings.num_workers,
-            use_gpu=settings.use_gpu,
-            resources_per_worker={"CPU": job.threads or 1, **({"GPU": 1} if settings.use_gpu else {})},
+            num_workers=workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": spec.threads or 1, **({"GPU": 1} if workers.use_gpu else {})},
         ),
         run_config=RunConfig(
             name=run,
             storage_path=storage_path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=job.max_failures, controller_failure_limit=_START_ATTEMPTS),
+            failure_config=FailureConfig(max_failures=spec.max_failures, controller_failure_limit=_START_ATTEMPTS),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -159,7 +162,7 @@ def fit_workers(workspace: Workspace, loop: Callable[[dict[str, Any]], None], jo
 
 
 def this_worker(threads: int | None) -> Worker:
-    """Which of the group this process is. torch gets `threads`, or for None its share of the machine's cores."""
+    """This process's place in the group. torch gets `threads`, or for None its share of the machine's cores."""
     import ray.train
     import torch
     from ray.train.torch import get_device
@@ -170,67 +173,65 @@ def this_worker(threads: int | None) -> Worker:
 
 
 def _train_pending(loop_config: dict[str, Any]) -> None:
-    """What each worker runs."""
+    """Main function of each worker."""
     workspace: Workspace = loop_config["workspace"]
     redirect_output(workspace.log_path("train_ctr"))
     from owlrec.ctr.dataset import WarmStart
     from owlrec.ctr.trainer import CheckpointFile, export_trial, keep_freed_memory, train_one
 
     keep_freed_memory()
-    job = GridJob.model_validate(loop_config["job"])
-    worker = this_worker(job.threads)
+    spec = GridSpec.model_validate(loop_config["spec"])
+    worker = this_worker(spec.threads)
     # After a restart some trials are done. All ranks see the same ones: none is exported before every rank joins its
-    # training.
-    done = {result.trial for result in finished_trials(workspace, job.fingerprint, job.trials)}
-    data = load_data(workspace, job)
-    begin = WarmStart.open(workspace, job.warm_start).load_into if job.warm_start else None
-    for trial in job.trials:
+    done = {result.trial for result in finished_trials(workspace, spec.fingerprint, spec.trials)}
+    data = load_data(workspace, spec)
+    begin = WarmStart.open(workspace, spec.warm_start).load_into if spec.warm_start else None
+    for trial in spec.trials:
         if trial not in done:
-            path = f"{grid_folder(job.fingerprint)}/{trial.path}/checkpoint.safetensors"
-            checkpoint = CheckpointFile(workspace, path, job.checkpoint_steps)
-            trained = train_one(trial, data, job.settings, worker, checkpoint, begin)
+            path = f"{grid_folder(spec.fingerprint)}/{trial.path}/checkpoint.safetensors"
+            checkpoint = CheckpointFile(workspace, path, spec.checkpoint_steps)
+            trained = train_one(trial, data, spec.settings, worker, checkpoint, begin)
             if worker.rank == 0:
-                export_trial(workspace, job.fingerprint, trained)
+                export_trial(workspace, spec.fingerprint, trained)
                 checkpoint.delete()
 
 
-def encode_once(workspace: Workspace, job: GridJob, pool: Pool | None = None) -> None:
-    """Encodes the samples once for all workers, into the grid's folder; an interrupted grid finds them there."""
+def encode_once(workspace: Workspace, spec: GridSpec, pool: Pool | None = None) -> None:
+    """Encodes the samples once for all workers into the grid's folder; an interrupted grid reuses them."""
     from owlrec.ctr.dataset import encode_tables
     from owlrec.ctr.experiment import SoftLabels
     from owlrec.ctr.trainer import read_vocabularies
 
-    distillation, folder = job.settings.distillation, job.soft_labels
+    distillation, folder = spec.settings.distillation, spec.soft_labels
     encode_tables(
         workspace,
-        grid_folder(job.fingerprint),
-        attributes=job.attributes,
-        profile=job.profile,
-        min_item_count=job.settings.min_item_count,
+        grid_folder(spec.fingerprint),
+        attributes=spec.attributes,
+        profile=spec.profile,
+        min_item_count=spec.settings.min_item_count,
         soft_labels=SoftLabels(folder, distillation.alpha) if distillation and folder else None,
-        before=read_vocabularies(workspace, job.warm_start) if job.warm_start else None,
+        before=read_vocabularies(workspace, spec.warm_start) if spec.warm_start else None,
         pool=pool,
     )
 
 
-def load_data(workspace: Workspace, job: GridJob) -> Any:
-    """fitting.TrainingData of a job whose samples are encoded: mapped, not read."""
-    from owlrec.ctr.dataset import open_features
-    from owlrec.ctr.pca import open_tables
+def load_data(workspace: Workspace, spec: GridSpec) -> Any:
+    """fitting.TrainingData of a grid with encoded samples: mapped, not read."""
+    from owlrec.ctr.dataset import open_features, open_tables
     from owlrec.ctr.trainer import TrainingData
 
-    features = open_features(workspace, grid_folder(job.fingerprint))
-    return TrainingData(features, open_tables(workspace, job.knowledge))
+    features = open_features(workspace, grid_folder(spec.fingerprint))
+    return TrainingData(features, open_tables(workspace, spec.knowledge))
 
 
 def needs_ray(rows: int) -> bool:
-    """Whether a stage over so many rows takes more than the seconds that a start of Ray takes."""
+    """Whether a stage over this many rows takes longer than starting Ray."""
     return rows > _ROWS_HERE
 
 
 def stage_pool(workspace: Workspace, rows: int) -> Pool:
-    """Where shards of `rows` rows in all are made: here where that takes seconds, else on Ray, which must be
-    initialised.
+    """Where to run shards with `rows` rows in all: in this process if that takes seconds, else on Ray, which must be
+    initialized.
     """
     if not needs_ray(rows):
         return Pool()
@@ -241,13 +242,13 @@ def stage_pool(workspace: Workspace, rows: int) -> Pool:
 
 
 def _announcing(
-    workspace: Workspace, job: GridJob, on_trial: Callable[[TrialResult], None]
+    workspace: Workspace, spec: GridSpec, on_trial: Callable[[TrialResult], None]
 ) -> AbstractContextManager[None]:
-    """Calls `on_trial` for each result that appears while the block runs."""
-    waiting = set(job.trials)
+    """Calls `on_trial` for each new result while the block runs."""
+    waiting = set(spec.trials)
 
     def look() -> None:
-        for result in finished_trials(workspace, job.fingerprint, [t for t in job.trials if t in waiting]):
+        for result in finished_trials(workspace, spec.fingerprint, [t for t in spec.trials if t in waiting]):
             waiting.discard(result.trial)
             on_trial(result)
 
@@ -256,8 +257,8 @@ def _announcing(
 
 @contextmanager
 def looking_meanwhile(look: Callable[[], None]) -> Iterator[None]:
-    """Calls `look` from a second thread as long as the block runs, and once more after it has ended; Ray Train's `fit`
-    blocks, and its callbacks run elsewhere.
+    """Calls `look` from a second thread while the block runs and once after it ends, because Ray Train's `fit`
+    blocks and its callbacks run elsewhere.
     """
     stop = threading.Event()
 

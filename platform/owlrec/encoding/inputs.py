@@ -1,13 +1,13 @@
-"""What vectors are made from: the rows of one shard, of each source that `encode` knows.
+"""Inputs of vectors: the rows of one shard, for each source of `encode`.
 
 * knowledge: the LLM's texts. KAR encodes a user's history together with the answer. We encode the answer alone: an
-  encoder reads a few hundred tokens, and a history in front would push the end of the answer, often its conclusion, out
-  of the window. The history reaches the CTR model as ids anyway.
-* metadata: the control. What the prompts held, without an LLM: where it helps as much as knowledge does, the LLM added
-  nothing.
-* collective: the vector of a member's cohort; of users, of what they liked, beside `disliked`.
+encoder reads a few hundred tokens, and a preceding history would push the end of the answer, often its conclusion, out
+of the window. The CTR model reads the history as ids anyway.
+* metadata: the control, with the prompts' content but without an LLM: if it helps as much as knowledge, the LLM added
+nothing.
+* collective: the vector of a member's cohort; for users, by likes, with `disliked` as another source.
 
-Vectors that were imported take the place of an id's own.
+Imported vectors replace an id's own.
 """
 
 import hashlib
@@ -26,31 +26,39 @@ import pyarrow.compute as pc
 from pydantic import BaseModel
 
 from owlrec.cohorts.clustering import unit
-from owlrec.cohorts.model import memberships
-from owlrec.encoding.encoder import Encoder, EncoderConfig, HashingEncoder
-from owlrec.encoding.vectors import DIGEST_BYTES, VectorShard, VectorShards, item_metadata, user_metadata
+from owlrec.cohorts.cohort_model import memberships
+from owlrec.encoding.vectors import (
+    DIGEST_BYTES,
+    Encoder,
+    EncoderConfig,
+    HashingEncoder,
+    VectorShard,
+    VectorShards,
+    item_metadata,
+    user_metadata,
+)
 from owlrec.errors import SchemaError, SourceError
 from owlrec.generation.knowledge_files import lines, open_bytes
-from owlrec.schema import Kind, shard_of, stable_id
+from owlrec.ids import Kind, shard_of, stable_id
 from owlrec.shards import Stopwatch
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.storage import fingerprint
 from owlrec.workspace import ITEM_UPDATES, Workspace, read_tombstones, shard_file, table_file
 
 
 class Resources:
-    """What all shards of a process share, loaded when it is first needed. Pickling leaves what was loaded behind."""
+    """Resources shared by all shards of a process, loaded on first use. Pickling drops loaded ones."""
 
     def __init__(self, workspace: Workspace, config: EncoderConfig) -> None:
         self.workspace, self.config = workspace, config
-        self.load_s = 0.0  # what loading the encoder took
+        self.load_s = 0.0  # time to load the encoder
 
     def __reduce__(self) -> tuple[type["Resources"], tuple[Workspace, EncoderConfig]]:
         return Resources, (self.workspace, self.config)
 
     @cached_property
     def encoder(self) -> Encoder | HashingEncoder:
-        """The recipe's encoder. Raises EngineError where it cannot be loaded."""
+        """The recipe's encoder. Raises EngineError if it cannot be loaded."""
         watch = Stopwatch()
         encoder = self.config.load()
         self.load_s = watch.seconds
@@ -58,19 +66,19 @@ class Resources:
 
     @cached_property
     def catalog(self) -> ItemCatalog:
-        """The titles of all items."""
+        """Titles of all items."""
         return ItemCatalog.load(self.workspace)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a shard that get a vector."""
+    """Rows of a shard that get a vector."""
 
     ids: np.ndarray  # int64 [n], ascending
-    as_of: np.ndarray  # int64 [n], ms: what each vector is made from knows nothing later; ascending for an id
-    digests: np.ndarray  # uint8 [n, 16]: of what each vector is made from
-    make: Callable[[np.ndarray], np.ndarray]  # the vectors of some rows: int64 [k] -> float [k, dim]
-    read: int  # rows that were read, those without a text included
+    as_of: np.ndarray  # int64 [n], ms: cutoff of each vector's input; ascending per id
+    digests: np.ndarray  # uint8 [n, 16]: of each vector's input
+    make: Callable[[np.ndarray], np.ndarray]  # vectors of some rows: int64 [k] -> float [k, dim]
+    read: int  # rows read, including those without a text
 
     def take(self, at: np.ndarray) -> "Rows":
         """Some of the rows: int64 [k], ascending."""
@@ -83,23 +91,23 @@ class Input(Protocol):
     """A source of vectors of one kind; picklable."""
 
     def digests(self, workspace: Workspace) -> dict[int, str]:
-        """By the number of each shard, what its rows are made from: differs where one of its files was written again.
+        """By shard number, a digest of the inputs; it changes if an input file is rewritten.
 
         Lists folders and reads no rows.
         """
 
     def count(self, workspace: Workspace, number: int) -> int:
-        """How many rows shard `number` has at most, from the footer of a file."""
+        """Maximum number of rows in shard `number`, from the footer of a file."""
 
     def rows(self, resources: Resources, number: int) -> Rows:
-        """What shard `number` holds. Raises WorkspaceError where its files are missing, SchemaError where they are not
+        """Rows of shard `number`. Raises WorkspaceError if its files are missing, and SchemaError if they are not
         in order.
         """
 
 
 @dataclass(frozen=True)
 class KnowledgeTexts:
-    """The texts that `generate` wrote into a folder."""
+    """Texts that `generate` wrote into a folder."""
 
     folder: str
     kind: Kind
@@ -120,7 +128,7 @@ class KnowledgeTexts:
         return text_rows(resources, path, *keys, table["text"].to_pylist())
 
     def path(self, number: int) -> str:
-        """The file of a shard."""
+        """File of a shard."""
         return f"{self.folder}/{self.kind}/{shard_file(number)}"
 
 
@@ -144,7 +152,7 @@ class ItemMetadata:
 
 @dataclass(frozen=True)
 class UserMetadata:
-    """Profiles of the users table and the histories that the LLM read, each as of the moment of its text."""
+    """Profiles of the users table and the histories that the LLM read, each as of its text's moment."""
 
     def digests(self, workspace: Workspace) -> dict[int, str]:
         """See Input."""
@@ -168,16 +176,16 @@ class UserMetadata:
 
 @dataclass(frozen=True)
 class Members:
-    """The cohorts of users or items, of one facet, whose knowledge vectors are in a folder of vectors.
+    """Cohorts of users or items, of one facet, whose knowledge vectors are in a folder of vectors.
 
-    A member's vector changes where its cohorts do and where these get another text: each time a row, which may quote
+    A member's vector changes whenever its cohorts change or get another text. Each change is a row, which may quote
     nothing later than its as_of.
     """
 
     cohorts: str
     vectors: str
     kind: Kind
-    disliked: bool = False  # the cohorts of what users disliked, in place of the others
+    disliked: bool = False  # use the cohorts by dislikes instead
 
     def digests(self, workspace: Workspace) -> dict[int, str]:
         """See Input."""
@@ -197,7 +205,7 @@ class Members:
         shards = VectorShards(resources.workspace, self.vectors, "knowledge-cohort")
         ids, as_of, lists = _moments_of_members(table, shards)
         owner = np.repeat(np.arange(len(ids)), [len(cohorts) for cohorts in lists])
-        cohorts = np.array([cohort for of_row in lists for cohort in of_row], dtype=np.int64)
+        cohorts = np.array([cohort for row_cohorts in lists for cohort in row_cohorts], dtype=np.int64)
         handles = shards.find(cohorts, as_of[owner] + 1 if len(owner) else None)
         digests = np.zeros((len(handles), DIGEST_BYTES), dtype=np.uint8)
         for _, shard, at, rows in shards.at(handles):
@@ -211,34 +219,34 @@ class Members:
             place = np.zeros(len(ids), dtype=np.int64)
             place[rows] = np.arange(len(rows))
             total = np.zeros((len(rows), shards.dim), dtype=np.float32)
-            for _, shard, at, of_shard in shards.at(handles[wanted]):
-                np.add.at(total, place[owner[wanted[at]]], shard.vectors[of_shard].astype(np.float32))
+            for _, shard, at, shard_rows in shards.at(handles[wanted]):
+                np.add.at(total, place[owner[wanted[at]]], shard.vectors[shard_rows].astype(np.float32))
             return unit(total)
 
         return Rows(ids, as_of, digests_of(made_from), make, len(table))
 
 
 def _moments_of_members(table: pa.Table, shards: VectorShards) -> tuple[np.ndarray, np.ndarray, list[list[int]]]:
-    """The ids, moments and cohorts of the rows that members have, in order: from when a member is in a cohort, or that
-    has a text, to when either changes.
+    """Ids, moments and cohorts of members' rows, in order: a row starts when a member joins a cohort, or the cohort
+    gets a text, and ends when either changes.
 
     table: memberships.memberships, of one kind; shards: of the cohorts' knowledge.
     """
     ids, as_of = table["id"].to_pylist(), table["as_of"].to_pylist()
     lists = table["cohorts"].to_pylist()
-    texts = {cohort: shards.moments(cohort) for cohort in {cohort for of_row in lists for cohort in of_row}}
-    found: list[tuple[int, int, list[int]]] = []
+    texts = {cohort: shards.moments(cohort) for cohort in {cohort for row_cohorts in lists for cohort in row_cohorts}}
+    rows: list[tuple[int, int, list[int]]] = []
     for row, (id_, since, cohorts) in enumerate(zip(ids, as_of, lists, strict=True)):
         until = as_of[row + 1] if row + 1 < len(ids) and ids[row + 1] == id_ else None
         moments = {max(since, moment) for cohort in cohorts for moment in texts[cohort]}
-        found += [(id_, moment, cohorts) for moment in sorted(moments) if until is None or moment < until]
-    keys = np.array([row[:2] for row in found], dtype=np.int64).reshape(-1, 2)
-    return keys[:, 0], keys[:, 1], [row[2] for row in found]
+        rows += [(id_, moment, cohorts) for moment in sorted(moments) if until is None or moment < until]
+    keys = np.array([row[:2] for row in rows], dtype=np.int64).reshape(-1, 2)
+    return keys[:, 0], keys[:, 1], [row[2] for row in rows]
 
 
 @dataclass(frozen=True)
 class WithImported:
-    """Knowledge that gives way to imported vectors, for the ids that have such."""
+    """Knowledge with imported vectors in place of an id's own."""
 
     texts: KnowledgeTexts
     imported: str  # folder of vector shards, named by their content
@@ -268,17 +276,17 @@ class WithImported:
 
 
 def text_rows(resources: Resources, path: str, ids: np.ndarray, as_of: np.ndarray, texts: Sequence[str | None]) -> Rows:
-    """The rows of texts aligned with `ids` and `as_of`. Where a text is empty there is no vector: downstream that is a
+    """Rows of texts aligned with `ids` and `as_of`. An empty text has no vector: downstream that is a
     miss with its learned default, not a zero that looks like knowledge.
 
-    path: the file that they were read from. Raises SchemaError where the rows are not in order of id and as_of.
+    path: the source file. Raises SchemaError if the rows are not in order of id and as_of.
     """
     bad = np.flatnonzero((ids[1:] < ids[:-1]) | ((ids[1:] == ids[:-1]) & (as_of[1:] <= as_of[:-1])))
     if len(bad):
         raise SchemaError(
-            f"{resources.workspace.path(path)}, row {bad[0] + 1}: id {ids[bad[0] + 1]} as of {as_of[bad[0] + 1]} "
-            f"follows {ids[bad[0]]} as of {as_of[bad[0]]}, but the rows of a shard ascend by both, each once. Delete "
-            "the file and run its stage again."
+            f"{resources.workspace.path(path)}, row {bad[0] + 1}: id {ids[bad[0] + 1]} as of "
+            f"{as_of[bad[0] + 1]} follows {ids[bad[0]]} as of {as_of[bad[0]]}, but rows of a shard must ascend "
+            "by both, without duplicates. Delete the file and run its stage again."
         )
     full = [row for row, text in enumerate(texts) if text and text.strip()]
     kept = [str(texts[row]) for row in full]
@@ -297,13 +305,13 @@ def digests_of(contents: Sequence[bytes]) -> np.ndarray:
 
 
 def _tags(workspace: Workspace, folder: str, suffix: str = ".parquet") -> dict[int, str]:
-    """By number, the e_tag of each shard's file in a folder."""
+    """e_tag of each shard's file in a folder, by number."""
     files = workspace.entries(folder)
     return {int(name.removesuffix(suffix)): entry.e_tag for name, entry in files.items() if name.endswith(suffix)}
 
 
 def _item_tags(workspace: Workspace) -> dict[int, str]:
-    """Of the items table, with what came after `prepare`."""
+    """For the items table, including changes after `prepare`."""
     updates = _tags(workspace, f"{ITEM_UPDATES}/item")
     return {
         number: fingerprint(tag, updates[number]) if number in updates else tag
@@ -331,29 +339,29 @@ def _merged(own: Rows, imported: VectorShard) -> Rows:
 
 
 # ----------------------------------------------------------------------------------------------------- imported vectors
-# Vectors that another encoder made, as NumPy arrays, into shards of the form that `encode` writes.
+# Imports another encoder's vectors from NumPy arrays into shards in the form of `encode`.
 #
-# Two passes over the array, whatever its size: the first converts a slice at a time and sorts its rows into buckets of
-# shards on the local disk, the second reads one bucket at a time and writes its shards. Pickled arrays are refused:
-# reading one runs code that the file brings.
+# Two passes over an array of any size: the first converts a slice at a time and sorts its rows into buckets of
+# shards on the local disk, the second reads one bucket at a time and writes its shards. Pickled arrays are refused,
+# because reading one runs code from the file.
 
 
 _SLICE_VALUES = 1 << 22  # 32 MB as float64
 _BUCKET_BYTES = 1 << 28
-_MOST_BUCKETS = 256  # files that are open at once
+_MOST_BUCKETS = 256  # open files
 _LARGEST = float(np.finfo(np.float16).max)
 
 
 class ImportedVectors(BaseModel, frozen=True):
-    """What a workspace holds of a kind's imported vectors."""
+    """A workspace's imported vectors of one kind."""
 
-    folder: str  # of their shards, relative to the workspace; named by a digest of the content
+    folder: str  # folder of their shards, relative to the workspace; named by a content digest
     rows: int
     dim: int
 
 
 def imported_vectors(workspace: Workspace, kind: str) -> ImportedVectors | None:
-    """The imported vectors of a kind, None where there are none."""
+    """Imported vectors of a kind, None if there are none."""
     if workspace.entry(_card(kind)) is None:
         return None
     return ImportedVectors.model_validate(workspace.read_json(_card(kind)))
@@ -362,24 +370,24 @@ def imported_vectors(workspace: Workspace, kind: str) -> ImportedVectors | None:
 def import_vectors(
     workspace: Workspace, kind: Kind, npy_path: str | Path, ids_path: str | Path, as_of_ms: int | None = None
 ) -> ImportedVectors:
-    """Shards n vectors of one kind into the workspace; those imported before go.
+    """Writes n vectors of one kind into the workspace's shards, replacing earlier imports.
 
-    npy_path: float [n, dim]. ids_path: int64 [n] as .npy, taken as they are, or else a text file with one raw id per
-    line (gzip or not), turned into ids by schema.stable_id; aligned with the vectors. as_of_ms: the last moment that
-    the vectors know of their ids; only later samples read them. Items, which depend on nobody's behavior, are 0 then.
-    Raises SourceError for vectors of users without as_of_ms, for a file that cannot be read, another shape or type,
-    numbers of rows that differ, a component that is not finite or too large for float16 (naming the row, from 0), an
-    empty or a duplicate id; nothing is written then. Raises WorkspaceError where the workspace was never prepared.
+    npy_path: float [n, dim]. ids_path: int64 [n] as .npy, used unchanged, or a text file with one raw id per
+    line (gzip or not), converted by ids.stable_id; aligned with the vectors. as_of_ms: the vectors' cutoff
+    time; only later samples read them. Items depend on nobody's behavior, so theirs is 0.
+    Raises SourceError for user vectors without as_of_ms, an unreadable file, another shape or type,
+    different numbers of rows, a component that is not finite or too large for float16 (with its row, from 0), an
+    empty or a duplicate id; nothing is written then. Raises WorkspaceError if the workspace was never prepared.
     """
     if kind == "user" and as_of_ms is None:
         raise SourceError(
-            f"{npy_path}: nothing says up to which moment these vectors know their users. Set as_of_ms (--as-of-ms) to "
-            "the time of the last behavior that shaped them, ms since 1970, UTC: only later samples will read them."
+            f"{npy_path}: the cutoff of these users' vectors is unknown. Set as_of_ms (--as-of-ms) to the time "
+            "of the last behavior they reflect (ms since 1970, UTC): only later samples will read them."
         )
     vectors = _array(npy_path)
     if vectors.dtype.kind != "f" or vectors.ndim != 2 or 0 in vectors.shape:
         raise SourceError(
-            f"{npy_path}: the array is {vectors.dtype} {list(vectors.shape)}, but float [n, dim] is meant. Save it so."
+            f"{npy_path}: the array is {vectors.dtype} {list(vectors.shape)}, but must be float [n, dim]. Convert it."
         )
     n_shards, before = workspace.n_shards(kind), imported_vectors(workspace, kind)
     scratch = workspace.scratch()
@@ -408,7 +416,7 @@ def _card(kind: str) -> str:
 def _spill(
     vectors: np.ndarray, npy_path: str | Path, ids_path: str | Path, n_shards: int, scratch: Path
 ) -> tuple[list[np.ndarray], str]:
-    """The rows in buckets of neighboring shards, each a mapped array of records on disk, and a digest of them all."""
+    """Rows in buckets of neighboring shards, each a mapped array of records on disk, and a digest of them all."""
     n, dim = vectors.shape
     record = np.dtype([("id", "<i8"), ("row", "<i8"), ("vector", "<f2", (dim,))])
     wanted = -(-n * record.itemsize // _BUCKET_BYTES)
@@ -431,7 +439,7 @@ def _spill(
             start += len(ids)
     if start != n:
         raise SourceError(
-            f"{npy_path} has {n} vectors, but {ids_path} has {start} ids. They must be aligned, row by row."
+            f"{npy_path} has {n} vectors, but {ids_path} has {start} ids. Each vector needs the id in the same row."
         )
     return [np.memmap(path, record, "r") for path in paths if path.stat().st_size], total.hexdigest()
 
@@ -443,7 +451,7 @@ def _refuse_duplicates(bucket: np.ndarray, path: str | Path) -> None:
     if len(repeated):
         first, second = order[repeated[0]], order[repeated[0] + 1]
         raise SourceError(
-            f"{path}, row {rows[second]}: id {ids[second]} occurs in row {rows[first]} too. Keep one vector per id."
+            f"{path}, row {rows[second]}: id {ids[second]} is also in row {rows[first]}. Keep one vector per id."
         )
 
 
@@ -464,15 +472,13 @@ def _write_shards(workspace: Workspace, folder: str, kind: str, n_shards: int, b
 def _array(path: str | Path) -> np.ndarray:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise SourceError(f"{path}: there is no such file. Correct the path.")
+        raise SourceError(f"{path}: file not found. Correct the path.")
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise SourceError(
-            f"{path}: not a NumPy array without pickled objects ({error}). Write it with numpy.save."
-        ) from None
+        raise SourceError(f"{path}: not a pickle-free NumPy array ({error}). Write it with numpy.save.") from None
     if not isinstance(array, np.ndarray):
-        raise SourceError(f"{path}: an archive of arrays. Save the one array with numpy.save.")
+        raise SourceError(f"{path}: this is an archive of arrays. Save a single array with numpy.save.")
     return array
 
 
@@ -481,9 +487,7 @@ def _id_slices(path: str | Path, step: int) -> Iterator[np.ndarray]:
     if str(path).endswith(".npy"):
         ids = _array(path)
         if ids.ndim != 1 or not np.can_cast(ids.dtype, np.int64):
-            raise SourceError(
-                f"{path}: the array is {ids.dtype} {list(ids.shape)}, but int64 [n] is meant. Save it so."
-            )
+            raise SourceError(f"{path}: the array is {ids.dtype} {list(ids.shape)}, but must be int64 [n]. Convert it.")
         yield from (np.asarray(ids[start : start + step], dtype=np.int64) for start in range(0, len(ids), step))
         return
     parsed = _text_ids(path)
@@ -506,7 +510,7 @@ def _text_ids(path: str | Path) -> Iterator[int]:
 
 
 def _halves(vectors: np.ndarray, path: str | Path, start: int) -> np.ndarray:
-    """float16 of a slice that begins at row `start`."""
+    """float16 of a slice starting at row `start`."""
     with np.errstate(over="ignore"):
         halves = np.asarray(vectors).astype(np.float16)
     bad = np.flatnonzero(~np.isfinite(halves).all(axis=1))
@@ -514,7 +518,7 @@ def _halves(vectors: np.ndarray, path: str | Path, start: int) -> np.ndarray:
         value = vectors[bad[0]][~np.isfinite(halves[bad[0]])][0]
         problem = f"too large for float16 (largest {_LARGEST:g})" if np.isfinite(value) else "not finite"
         raise SourceError(
-            f"{path}, row {start + bad[0]}: a component is {value:g}, which is {problem}. "
-            "Drop the row with its id, or scale the vectors."
+            f"{path}, row {start + bad[0]}: a component is {value:g}, which is {problem}. Drop the row and its "
+            "id, or scale the vectors."
         )
     return halves

@@ -1,7 +1,7 @@
-"""The stage that encodes: a shard of texts (or of members of cohorts) becomes a file of vectors.
+"""The encode stage: a shard of texts (or of members of cohorts) becomes a file of vectors.
 
-It is incremental by row: where a shard was encoded before, rows whose text has the digest it had keep their vectors,
-and their codes where the codebooks are the same.
+It is incremental by row: in an already encoded shard, rows whose text has the same digest keep their vectors,
+and their codes if the codebooks are the same.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,23 +10,23 @@ from typing import cast
 
 import numpy as np
 
-from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.compression import SEED, TRAIN_SAMPLE, Quantizer, code_vectors
 from owlrec.encoding.inputs import Input, Members, Resources, Rows
-from owlrec.encoding.semantic_ids import SEED, TRAIN_SAMPLE, Quantiser, code_vectors
 from owlrec.encoding.vectors import (
     CODED_KINDS,
     CODED_SOURCES,
     DIGEST_BYTES,
+    EncoderConfig,
     VectorShard,
     VectorShards,
     fit_codebooks,
-    quantiser_folder,
+    quantizer_folder,
     read_reports,
     shard_order,
 )
 from owlrec.errors import WorkspaceError
+from owlrec.ids import Kind
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
-from owlrec.schema import Kind
 from owlrec.shards import Artifact, Card, Shard, Stopwatch
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, read_tombstones
@@ -40,12 +40,12 @@ class EncodeStage(Stage):
     name = "encode"
 
     def __init__(self, folder: str, resources: Resources, inputs: Mapping[str, Input], coded: bool = False) -> None:
-        """folder: of the vectors. inputs: by `<source>-<kind>`. coded: whether those with codebooks get codes."""
+        """folder: of the vectors. inputs: by `<source>-<kind>`. coded: whether vectors with codebooks get codes."""
         self.folder, self.resources, self.inputs, self.coded = folder, resources, dict(inputs), coded
-        self._quantisers: dict[str, Quantiser | None] = {}
+        self._quantizers: dict[str, Quantizer | None] = {}
 
     def run(self, work: Work) -> Result:
-        """Encodes one shard. Raises OwlRecError as the input, the encoder and the quantiser do."""
+        """Encodes one shard. Raises the OwlRecErrors of the input, the encoder and the quantizer."""
         watch, loaded_s = Stopwatch(), self.resources.load_s
         name, number = work.shard.kind, work.shard.number
         source = self.inputs[name]
@@ -64,8 +64,8 @@ class EncodeStage(Stage):
         no_codes = np.zeros((len(at), 0), dtype=np.uint16)
         kind, identity = name.rpartition("-")[2], self.resources.config.identity
         shard = VectorShard(kind, rows.ids, rows.as_of, vectors, rows.digests, no_codes, encoder=identity)
-        if (quantiser := self._quantiser(name)) is not None:
-            shard = _coded(shard, earlier, at, quantiser)
+        if (quantizer := self._quantizer(name)) is not None:
+            shard = _coded(shard, earlier, at, quantizer)
         work.check()
         table = shard.table()
         file = work.workspace.write_arrow(path, table, table.schema)
@@ -77,15 +77,15 @@ class EncodeStage(Stage):
             counts={"encoded": len(new), "kept": len(at) - len(new), **_timed(len(new), seconds, work.earlier)},
         )
 
-    def _quantiser(self, name: str) -> Quantiser | None:
-        if self.coded and name not in self._quantisers:
-            workspace, folder = self.resources.workspace, quantiser_folder(self.folder, name)
-            self._quantisers[name] = Quantiser.load(workspace, folder) if workspace.exists(folder) else None
-        return self._quantisers.get(name)
+    def _quantizer(self, name: str) -> Quantizer | None:
+        if self.coded and name not in self._quantizers:
+            workspace, folder = self.resources.workspace, quantizer_folder(self.folder, name)
+            self._quantizers[name] = Quantizer.load(workspace, folder) if workspace.exists(folder) else None
+        return self._quantizers.get(name)
 
 
 def _timed(texts: int, seconds: float, earlier: Card | None) -> dict[str, float | int | str]:
-    """How many texts were encoded in how many seconds, to tell the encoder's speed. A pass that only adds codes
+    """Number of encoded texts and seconds, for the encoder's speed. A pass that only adds codes
     adds its seconds to those of the pass that encoded.
     """
     if not texts and earlier is not None:
@@ -99,14 +99,14 @@ def _earlier(work: Work, path: str) -> VectorShard | None:
         return None
     try:
         return VectorShard.read(work.workspace, path)
-    except WorkspaceError:  # damaged since its card was read: encode it all again
+    except WorkspaceError:  # damaged since its card was read: encode all of it again
         return None
 
 
 def _unchanged(rows: Rows, earlier: VectorShard | None) -> np.ndarray:
-    """Of each row, the row of the earlier shard that is of the same id and was made from the same, or -1: int64 [n].
+    """For each row, the earlier shard's row with the same id and input, or -1: int64 [n].
 
-    It leaves the as_of out: a text that was found to hold for longer keeps its vector.
+    It ignores as_of: a text that turns out to hold for longer keeps its vector.
     """
     if earlier is None:
         return np.full(len(rows.ids), -1, dtype=np.int64)
@@ -122,30 +122,31 @@ def _keys(ids: np.ndarray, digests: np.ndarray) -> list[tuple[int, bytes]]:
     ]
 
 
-def _coded(shard: VectorShard, earlier: VectorShard | None, at: np.ndarray, quantiser: Quantiser) -> VectorShard:
-    """The shard with codes. at: see _unchanged; a vector that these codebooks coded already keeps its codes."""
-    codes = np.zeros((len(at), len(quantiser.codebooks) + 1), dtype=np.uint16)
+def _coded(shard: VectorShard, earlier: VectorShard | None, at: np.ndarray, quantizer: Quantizer) -> VectorShard:
+    """The shard with codes. at: see _unchanged; a vector already coded with these codebooks keeps its codes."""
+    codes = np.zeros((len(at), len(quantizer.codebooks) + 1), dtype=np.uint16)
     kept = np.zeros(len(at), dtype=bool)
-    if earlier is not None and len(earlier.ids) and earlier.quantiser == quantiser.fingerprint:
+    if earlier is not None and len(earlier.ids) and earlier.quantizer == quantizer.fingerprint:
         kept = at >= 0
         codes[kept] = earlier.codes[at[kept]]
-    codes[~kept] = code_vectors(quantiser, shard.ids[~kept], shard.vectors[~kept])
-    return replace(shard, codes=codes, quantiser=quantiser.fingerprint)
+    codes[~kept] = code_vectors(quantizer, shard.ids[~kept], shard.vectors[~kept])
+    return replace(shard, codes=codes, quantizer=quantizer.fingerprint)
 
 
 # ------------------------------------------------------------------------------------------------------------------ job
-# Encoding all shards of all sources: first a bounded sample, on which codebooks are fitted, then the rest.
+# Encodes all shards of all sources: first a bounded sample to fit codebooks, then the rest.
 #
-# Shards that were encoded before their codebooks existed are passed over once more: their vectors are kept, codes are
-# added. Later runs code with the same codebooks, whatever has been added meanwhile; where a folder of `quantisers/`
-# was deleted, they are fitted again and every vector of that source and kind is coded again, without the encoder.
+# Shards encoded before their codebooks existed are visited once more: their vectors stay and codes are
+# added. Later runs use the same codebooks, whatever has been added meanwhile. If a folder of `quantizers/`
+# is deleted, its codebooks are fitted again and every vector of that source and kind is coded again, without the
+# encoder.
 
 
-COHORTS = "knowledge-cohort"  # which members' vectors are made from: encoded before them
+COHORTS = "knowledge-cohort"  # input of members' vectors, so encoded before them
 
 
 class EncodingJob:
-    """What to encode into a folder of vectors."""
+    """The inputs to encode into a folder of vectors."""
 
     def __init__(
         self,
@@ -156,20 +157,20 @@ class EncodingJob:
         *,
         sample: int = TRAIN_SAMPLE,
     ) -> None:
-        """inputs: by `<source>-<kind>`. sample: vectors that codebooks are fitted on."""
+        """inputs: by `<source>-<kind>`. sample: number of vectors for fitting codebooks."""
         self.workspace, self.folder, self.config, self.inputs, self.sample = workspace, folder, config, inputs, sample
-        self._cards: dict[str, Card] | None = None  # of all shards that were encoded: listed once
+        self._cards: dict[str, Card] | None = None  # cards of all encoded shards, listed once
         self._digests: dict[str, dict[int, str]] = {}
 
     def pending(self) -> bool:
-        """Whether a shard is still to be encoded or coded. Loads no encoder."""
+        """Whether a shard still needs encoding or coding. Loads no encoder."""
         shards = self._all()
         return bool(self._unfitted()) or len(self._done(shards)) < len(shards)
 
     def run(self, pool: Pool, on_card: Callable[[Card], None] | None = None) -> dict[str, Card]:
-        """Encodes what is pending; the cards of all shards, by name (`knowledge-user/00000012`).
+        """Encodes pending shards; returns the cards of all shards, by name (`knowledge-user/00000012`).
 
-        on_card: see run_stage. Raises OwlRecError as the stage does.
+        on_card: see run_stage. Raises the OwlRecErrors of the stage.
         """
         resources = Resources(self.workspace, self.config)
         samples = {name: self._sample(name) for name in self._unfitted()}
@@ -183,25 +184,25 @@ class EncodingJob:
         return self._run(stage, self._all(), pool, on_card)
 
     def pool(self, log_path: str) -> Pool:
-        """Where the config has it run: in this process, or on Ray where it asks for replicas or GPUs."""
+        """Where the config runs the stage: in this process, or on Ray if it requests replicas or GPUs."""
         config = self.config
         return Pool(
             here=config.replicas == 1 and not config.gpus,
             min_workers=config.replicas,
             max_workers=config.replicas,
-            cpus=1,  # of which Ray makes the threads of torch, too: more replicas use more cores
+            cpus=1,  # Ray also sets torch's threads from it: more replicas use more cores
             gpus=config.gpus,
             log_path=log_path,
         )
 
     def counts(self, cards: Mapping[str, Card]) -> dict[str, float | int | str]:
-        """Vectors by `<source>_<kind>`, their dimension, and the figures of their codes. cards: what `run` returned."""
+        """Vectors by `<source>_<kind>`, their dimension, and figures of their codes. cards: returned by `run`."""
         counts: dict[str, float | int | str] = {}
         for name, card in cards.items():
-            table = Shard.of_name(name).kind.replace("-", "_")
+            table = Shard.from_name(name).kind.replace("-", "_")
             counts[table] = int(counts.get(table, 0)) + card.rows_out
         if cards:
-            counts["dim"] = VectorShards(self.workspace, self.folder, Shard.of_name(next(iter(cards))).kind).dim
+            counts["dim"] = VectorShards(self.workspace, self.folder, Shard.from_name(next(iter(cards))).kind).dim
         for name, report in read_reports(self.workspace, self.folder).items():
             counts |= {f"{name.replace('-', '_')}_{figure}": value for figure, value in report.counts().items()}
         return counts
@@ -215,7 +216,7 @@ class EncodingJob:
         return made
 
     def _done(self, shards: Mapping[Shard, str]) -> dict[str, Card]:
-        """The cards of those shards that are made of these inputs."""
+        """Cards of the shards made from these inputs."""
         if self._cards is None:
             self._cards = Artifact(self.workspace, self.folder).cards()
         cards = {shard.name: self._cards.get(shard.name) for shard in shards}
@@ -223,15 +224,15 @@ class EncodingJob:
         return {name: card for name, card in cards.items() if card and card.fingerprint == digests[name]}
 
     def _unfitted(self) -> list[str]:
-        """The inputs whose vectors get codes but have no codebooks yet."""
+        """Inputs whose vectors get codes but have no codebooks yet."""
         coded = [f"{source}-{kind}" for source in CODED_SOURCES for kind in CODED_KINDS]
-        if self.config.semantic_ids is None:
+        if self.config.id_config is None:
             return []
-        return [n for n in coded if n in self.inputs and not self.workspace.exists(quantiser_folder(self.folder, n))]
+        return [n for n in coded if n in self.inputs and not self.workspace.exists(quantizer_folder(self.folder, n))]
 
     def _of(self, name: str) -> dict[int, str]:
-        """The digests of an input's shards."""
-        if isinstance(self.inputs[name], Members):  # made from vectors that this very job may replace
+        """Digests of an input's shards."""
+        if isinstance(self.inputs[name], Members):  # made from vectors that this job may replace
             return self.inputs[name].digests(self.workspace)
         if name not in self._digests:
             self._digests[name] = self.inputs[name].digests(self.workspace)
@@ -246,11 +247,11 @@ class EncodingJob:
         return shards
 
     def _codebooks(self, name: str) -> str:
-        folder = quantiser_folder(self.folder, name)
-        return Quantiser.load(self.workspace, folder).fingerprint if self.workspace.exists(folder) else ""
+        folder = quantizer_folder(self.folder, name)
+        return Quantizer.load(self.workspace, folder).fingerprint if self.workspace.exists(folder) else ""
 
     def _sample(self, name: str) -> list[int]:
-        """Shards that hold as many rows as codebooks are fitted on."""
+        """Shards with enough rows to fit codebooks."""
         wanted, numbers = self.sample, []
         for number in shard_order(self.workspace.n_shards(_kind(name)), SEED):
             if wanted <= 0:
@@ -261,7 +262,7 @@ class EncodingJob:
         return numbers
 
     def _fit(self, name: str, numbers: list[int]) -> None:
-        config = self.config.semantic_ids
+        config = self.config.id_config
         assert config is not None
         shards = VectorShards(self.workspace, self.folder, name)
         ids, vectors = shards.sample(self.sample, SEED, numbers)

@@ -1,1 +1,1 @@
-"""Forgetting users: removes what a workspace keeps of those whom owlrec.workspace has silenced."""
+"""Forgetting users: removes their data from a workspace after owlrec.workspace has hidden them."""

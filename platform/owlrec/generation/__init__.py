@@ -1,14 +1,13 @@
-"""Prompts to knowledge: the engines, the shards, and the Ray Data job that runs them."""
+"""Prompts to knowledge: the engines, the shards, and the job that runs them."""
 
 from collections.abc import Callable
 from typing import Annotated
 
 from owlrec.config import Registry
-from owlrec.decoding import DecodingConfig
-from owlrec.generation.engine import Engine, EngineConfig
-from owlrec.generation.engines import EchoEngine, EchoEngineConfig, HttpEngine, HttpEngineConfig
+from owlrec.generation.engines import EchoEngine, EchoEngineConfig, Engine, EngineConfig, HttpEngine, HttpEngineConfig
 from owlrec.generation.vllm_engine import VllmEngine, VllmEngineConfig
 from owlrec.storage import fingerprint
+from owlrec_decoding import DecodingConfig
 
 __all__ = [
     "ENGINES",
@@ -38,21 +37,21 @@ EngineSection = Annotated[EngineConfig, ENGINES]  # a recipe's `engine:` section
 
 
 def build_engine(config: EngineConfig, decoding: DecodingConfig | None = None) -> Engine:
-    """The engine that `config` describes, started.
+    """Starts the engine described by `config`.
 
-    decoding: how vLLM drafts and verifies; an HTTP server has its own.
-    Raises EngineError where it cannot start.
+    decoding: drafting and verification in vLLM; an HTTP server has its own.
+    Raises EngineError if it cannot start.
     """
     return config.start(decoding or DecodingConfig())
 
 
 def token_counter(config: EngineConfig) -> Callable[[str], int]:
-    """What counts tokens as the engine would, without starting one."""
+    """Function that counts tokens like the engine, without starting one."""
     return config.token_counter()
 
 
 def engine_fingerprint(config: EngineConfig) -> str:
-    """SHA-256 of what an engine's answers depend on: its weights and number formats, not its batch size, threads or
-    time-outs.
+    """SHA-256 of everything an engine's answers depend on: its weights and number formats, not its batch size, threads
+    or time-outs.
     """
     return fingerprint(config.model_identity, config.shaping())

@@ -1,8 +1,8 @@
-"""LoRA adapters on vLLM's CPU build, as one product a run of rows that share an adapter. `VllmEngine` installs it.
+"""LoRA adapters on vLLM's CPU build, with one product per run of rows that share an adapter. `VllmEngine` installs it.
 
-vLLM 0.32 copies an adapter's matrices once a token before it multiplies, which costs a small model several times what
-its own layers cost; and a row without an adapter gets that of the last place (vllm#48421). Here such rows are left
-alone, and matrices that are zero, as of all modules that an adapter does not touch, are not multiplied.
+vLLM 0.32 copies an adapter's matrices once per token before it multiplies, which costs several times a small model's
+own layers, and a row without an adapter gets the adapter of the last place (vllm#48421). Here such rows stay
+unchanged, and all-zero matrices, as in modules that an adapter does not change, are not multiplied.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ Runs = list[tuple[int, int, int]]  # first row, row after the last, place of the
 
 
 class RunwiseLora(PunicaWrapperCPU):
-    """What a step's LoRA layers call."""
+    """The operations that a step's LoRA layers call."""
 
     def update_metadata(self, *args: Any, **kwargs: Any) -> None:
-        """Called before each step whose rows or adapters differ from the last one's."""
+        """Called before each step whose rows or adapters differ from the previous one's."""
         super().update_metadata(*args, **kwargs)
         self._token_runs, self._sampler_runs = _runs(self.token_lora_indices), _runs(self.sampler_indices)
 
@@ -55,21 +55,21 @@ class RunwiseLora(PunicaWrapperCPU):
 
 
 def _runs(places: Tensor) -> Runs:
-    """places: int64 [rows], of the adapter of each; -1 for none."""
-    found, lengths = torch.unique_consecutive(places, return_counts=True)
+    """places: int64 [rows], of each row's adapter; -1 for none."""
+    run_places, lengths = torch.unique_consecutive(places, return_counts=True)
     ends = lengths.cumsum(0).tolist()
-    runs = zip([0, *ends], ends, found.tolist(), strict=False)
+    runs = zip([0, *ends], ends, run_places.tolist(), strict=False)
     return [run for run in runs if run[2] >= 0]
 
 
 def _matrix(stacked: Tensor, place: int) -> Tensor | None:
-    """stacked: [places, 1, out, in] or [places, out, in]. None where the adapter's is zero."""
+    """stacked: [places, 1, out, in] or [places, out, in]. None if the adapter's matrix is zero."""
     matrix = stacked[place].flatten(0, -2)
     return matrix if matrix.any() else None
 
 
 def _shrink(y: Tensor, x: Tensor, stacked: Tensor, scale: float, runs: Runs) -> None:
-    """y, zeros before: [rows, rank]; x: [rows, in]."""
+    """y, initially zeros: [rows, rank]; x: [rows, in]."""
     for start, end, place in runs:
         if (a := _matrix(stacked, place)) is not None:
             y[start:end, : len(a)] = scale * (x[start:end].to(y.dtype) @ a.to(y.dtype).T)

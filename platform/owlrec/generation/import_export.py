@@ -1,4 +1,4 @@
-"""Knowledge in and out of a workspace: files made elsewhere are read into shards, shards are written as one file."""
+"""Import and export of knowledge: files from other sources are read into shards; shards are written as one file."""
 
 import gzip
 import itertools
@@ -17,37 +17,37 @@ import pyarrow.parquet as pq
 from pydantic import field_validator
 
 from owlrec.config import Config
-from owlrec.decoding import DecodingConfig
 from owlrec.errors import SchemaError, SourceError
 from owlrec.generation import knowledge_files as files
-from owlrec.generation.engine import BadRow, Completion, FailedQuality, SamplingConfig
-from owlrec.generation.job import GenerationJob
+from owlrec.generation.engines import BadRow, Completion, FailedQuality, SamplingConfig
+from owlrec.generation.job import GenerationJob, Outcome, to_tables, write_shard
 from owlrec.generation.knowledge_files import Field, Format, NoText, Record, Undecodable, Unusable
 from owlrec.generation.quality import RULES, QualityConfig, QualityGate
-from owlrec.generation.worker import Outcome, to_tables, write_shard
-from owlrec.prompting.rows import Prompt, PromptConfig, UnusableRow
+from owlrec.ids import KINDS, Kind, shard_of, stable_id
+from owlrec.prompting.prompts import Prompt, PromptConfig, UnusableRow
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.scenario import Scenario
-from owlrec.schema import KINDS, KNOWLEDGE, MILLISECONDS, Kind, conform, shard_of, stable_id
+from owlrec.schema import KNOWLEDGE, MILLISECONDS, conform
 from owlrec.shards import Card, Shard
 from owlrec.storage import Storage, Writer, file_digest, fingerprint
 from owlrec.workspace import Workspace, read_tombstones
+from owlrec_decoding import DecodingConfig
 
 # ------------------------------------------------------------------------------------------------------------ exporting
-# Knowledge for others: one JSON-lines or one Parquet file of all rows, each written whole or not at all.
+# Export: one JSON-lines or Parquet file of all rows, written atomically.
 #
-# Tables are written as they come, so that an export of 10^8 rows takes the memory of one shard. What `export_jsonl`
-# and `export_parquet` write, `read_knowledge_file` reads back.
+# Tables are written as they come, so an export of 10^8 rows needs the memory of one shard. `read_knowledge_file`
+# reads the files of `export_jsonl` and `export_parquet`.
 
 
-_EXPORTED_AT_ONCE = 2048  # what is turned into Python objects at a time: about 10 MB
+_EXPORTED_AT_ONCE = 2048  # rows converted to Python objects at a time: about 10 MB
 
 
 def export_jsonl(tables: Iterable[pa.Table], path: str | Path) -> int:
-    """Writes knowledge tables (schema.KNOWLEDGE, further columns too) as one JSON object a line, in UTF-8.
+    """Writes knowledge tables (schema.KNOWLEDGE, plus any columns) as one JSON object per line, in UTF-8.
 
-    A name in .gz is compressed. The file appears, or replaces an older one, when it is complete. Returns the number of
-    rows. Raises SchemaError where a table breaks the contract, WorkspaceError where the file cannot be written.
+    A name in .gz is compressed. The file appears, or replaces an older one, only when complete. Returns the number of
+    rows. Raises SchemaError if a table breaks the contract, and WorkspaceError if the file cannot be written.
     """
     rows = 0
     with _appearing_whole(path) as file, _packing(file) if str(path).endswith(".gz") else nullcontext(file) as stream:
@@ -61,10 +61,10 @@ def export_jsonl(tables: Iterable[pa.Table], path: str | Path) -> int:
 
 
 def export_parquet(tables: Iterable[pa.Table], path: str | Path) -> int:
-    """Writes knowledge tables (schema.KNOWLEDGE, further columns too) as one Parquet file, in Zstandard.
+    """Writes knowledge tables (schema.KNOWLEDGE, plus any columns) as one Parquet file, in Zstandard.
 
-    Each table is written on its own, in row groups of at most 2^20 rows. All must have the columns of the first.
-    Returns, raises and replaces as `export_jsonl` does; no tables make a file of no rows.
+    Each table is written separately, in row groups of at most 2^20 rows. All must have the columns of the first.
+    Returns, raises and replaces like `export_jsonl`; without tables the file has no rows.
     """
     rows = 0
     writer: pq.ParquetWriter | None = None
@@ -75,8 +75,9 @@ def export_parquet(tables: Iterable[pa.Table], path: str | Path) -> int:
                 writer = writer or pq.ParquetWriter(file, table.schema, compression="zstd")
                 if not table.schema.equals(writer.schema):
                     raise SchemaError(
-                        f"knowledge for {path}: a table has columns {', '.join(table.column_names)}, but the first has "
-                        f"{', '.join(writer.schema.names)}, or types differ. Export them to two files."
+                        f"knowledge for {path}: a table has columns {', '.join(table.column_names)}, but the "
+                        f"first has {', '.join(writer.schema.names)}, or types differ. Export them to separate "
+                        "files."
                     )
                 writer.write_table(table)
                 rows += table.num_rows
@@ -88,23 +89,23 @@ def export_parquet(tables: Iterable[pa.Table], path: str | Path) -> int:
 
 
 def _packing(file: Writer) -> BinaryIO:
-    # No name and no time inside: the same rows make the same bytes.
+    # No name and no time inside, so the same rows give the same bytes.
     return cast(BinaryIO, gzip.GzipFile("", "wb", 6, cast(BinaryIO, file), mtime=0))
 
 
 @contextmanager
 def _appearing_whole(path: str | Path) -> Iterator[Writer]:
-    """A file to write to, which takes its name only when the block ends without an error."""
+    """A writable file that gets its name only if the block ends without an error."""
     target = Path(path).expanduser()
     with Storage(target.parent).writer(target.name) as writer:
         yield writer
 
 
 # ------------------------------------------------------------------------------------------------------------ importing
-# Knowledge that was made elsewhere, row by row: KAR's files, OpenAI batches, REKI's answers, tables, our own exports.
+# Import row by row: KAR's files, OpenAI batches, REKI's answers, tables, our own exports.
 #
-# Every row of the file comes out once, as an `ImportedRow` or as a `RefusedRow` that says why it cannot be used. The
-# one thing nobody can guess is up to which moment a text knows its user: where the file does not say, the caller must,
+# Every row of the file comes out once, as an `ImportedRow` or as a `RefusedRow` with the reason. The
+# cutoff time of a user's text cannot be guessed: if the file does not have it, the caller must give it,
 # since samples that are not later would leak.
 
 
@@ -114,15 +115,15 @@ _INT64 = range(-(2**63), 2**63)
 
 
 class NoId(Unusable):
-    """There is no id, or it is neither text nor a whole number."""
+    """The id is missing, or neither text nor a whole number."""
 
 
 class DuplicateId(Unusable):
-    """An earlier row has this id and as_of; that one was taken."""
+    """An earlier row has this id and as_of and was used."""
 
 
 class NoAsOf(Unusable):
-    """Neither the row nor the source says up to which moment the text knows its user."""
+    """Neither the row nor the source has the text's cutoff time."""
 
 
 class BadAsOf(Unusable):
@@ -134,15 +135,15 @@ class WrongKind(Unusable):
 
 
 class ImportSource(Config):
-    """One file of knowledge made elsewhere, all of one kind."""
+    """One file of imported knowledge, all of one kind."""
 
     path: str
-    format: Format | None = None  # by the file's name, and for .json and .jsonl its first lines
+    format: Format | None = None  # default: by the file's name, and for .json and .jsonl its first lines
     kind: Kind
-    id_field: str | None = None  # openai: the top-level field with the row's id; custom_id unless given
+    id_field: str | None = None  # openai: top-level field with the row's id; default: custom_id
     columns: dict[Field, str] = {}  # our field name -> the file's: {id: sku, text: summary}
-    framework: str = "imported"  # what the knowledge table shall call the way these texts were made
-    as_of_ms: int | None = None  # for rows that say nothing themselves; items and cohorts are 0 then
+    framework: str = "imported"  # name for the method behind the texts
+    as_of_ms: int | None = None  # for rows without one; items and cohorts default to 0
 
     @field_validator("as_of_ms")
     @classmethod
@@ -154,10 +155,10 @@ class ImportSource(Config):
 
 @dataclass(frozen=True, slots=True)
 class ImportedRow:
-    """One text. Finish reason "stop" and 0 tokens where the file does not say; prompt "" likewise."""
+    """One text. Defaults for missing values: finish reason "stop", 0 tokens, prompt ""."""
 
     id: int
-    as_of: int  # ms since 1970, UTC: the text knows nothing later
+    as_of: int  # ms since 1970, UTC: the text's cutoff
     text: str  # exactly as in the file; may be empty
     prompt: str
     finish_reason: str
@@ -167,25 +168,25 @@ class ImportedRow:
 
 @dataclass(frozen=True, slots=True)
 class RefusedRow:
-    """A row that cannot be used."""
+    """An unusable row."""
 
     row: int  # from 1: the line where it starts (text formats), or the entry (KAR) or row (Parquet)
-    raw_id: str  # "" where none could be read
+    raw_id: str  # "" if none could be read
     error: str  # class name
     message: str
 
 
 def read_knowledge_file(source: ImportSource) -> Iterator[ImportedRow | RefusedRow]:
-    """The rows of a file, in order; memory holds a batch of them and 8 bytes per text, KAR's JSON excepted.
+    """Rows of a file, in order; holds a batch of them and 8 bytes per text in memory, except for KAR's JSON.
 
-    Ids are `schema.stable_id` of the file's, except in OwlRec's own exports (known by their columns), whose ids are
-    taken as they are, and of which rows of other kinds are passed over. Raises SourceError at once for a missing file,
-    an unknown format, options that the format does not have, and user texts of no known moment; while reading, for a
-    file that is no JSON, CSV or Parquet, lacks a column, or is an export without a row of this kind.
+    Ids are `ids.stable_id` of the file's, except in OwlRec's own exports (recognized by their columns), whose ids
+    are used unchanged and whose rows of other kinds are skipped. Raises SourceError at once for a missing file, an
+    unknown format, options that the format does not have, and user texts without a cutoff; while reading, for a file
+    that is not valid JSON, CSV or Parquet, lacks a column, or is an export without a row of this kind.
     """
     path = Path(source.path).expanduser()
     if not path.is_file():
-        raise SourceError(f"{source.path}: there is no such file. Correct the path.")
+        raise SourceError(f"{source.path}: file not found. Correct the path.")
     format_ = source.format or _guess_format(path, source)
     _check_options(source, format_)
     return _rows(source, path, _records(source, path, format_))
@@ -207,25 +208,26 @@ def _guess_format(path: Path, source: ImportSource) -> Format:
         elif source.columns.get("id", "id") in first:
             return "jsonl"
     raise SourceError(
-        f"{path}: neither its name nor its first lines tell the format. Set format: kar, openai, jsonl, csv or parquet."
+        f"{path}: the format cannot be detected from its name and first lines. Set format: kar, openai, jsonl, "
+        "csv or parquet."
     )
 
 
 def _check_options(source: ImportSource, format_: Format) -> None:
     if source.id_field is not None and format_ != "openai":
         raise SourceError(
-            f"{source.path}: id_field is for openai files, this one is {format_}. Use columns: {{id: ...}}."
+            f"{source.path}: id_field is only for openai files, but this one is {format_}. Use columns: {{id: ...}}."
         )
     allowed = {"kar": set[str](), "openai": {"prompt", "as_of"}}.get(format_)
     wrong = sorted(source.columns.keys() - allowed) if allowed is not None else []
     if wrong:
         hint = "Use id_field for the id." if format_ == "openai" else "Remove it: the format has no columns."
-        raise SourceError(f"{source.path}: columns.{wrong[0]} has no meaning for a file in format {format_}. {hint}")
+        raise SourceError(f"{source.path}: columns.{wrong[0]} is not a field of format {format_}. {hint}")
     says_as_of = format_ not in ("kar", "openai") or "as_of" in source.columns
     if source.kind == "user" and source.as_of_ms is None and not says_as_of:
         raise SourceError(
-            f"{source.path}: the format does not say up to which moment its texts know their users. Set as_of_ms to "
-            "the time of the last behavior that any prompt held (ms since 1970, UTC): only later samples read them."
+            f"{source.path}: the format has no cutoff for texts about users. Set as_of_ms to the time of the "
+            "last behavior in any prompt (ms since 1970, UTC): only later samples read them."
         )
 
 
@@ -243,7 +245,7 @@ def _records(source: ImportSource, path: Path, format_: Format) -> Iterator[Reco
 
 
 def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterator[ImportedRow | RefusedRow]:
-    seen, of_other_kinds, of_this_kind, no_json = _SeenIds(), 0, 0, 0
+    seen, other_kinds, this_kind, no_json = _SeenIds(), 0, 0, 0
     for number, record in records:
         raw_id = ""
         try:
@@ -252,31 +254,31 @@ def _rows(source: ImportSource, path: Path, records: Iterator[Record]) -> Iterat
             ours = "kind" in record
             if ours and _text(record, "kind") != source.kind:
                 if _text(record, "kind") not in KINDS:
-                    raise WrongKind(f"'{_text(record, 'kind')}' is none of {', '.join(KINDS)}")
-                of_other_kinds += 1
+                    raise WrongKind(f"'{_text(record, 'kind')}' is not one of {', '.join(KINDS)}")
+                other_kinds += 1
                 continue
             raw_id = _raw_id(record)
             row = _row(record, raw_id, source, ours)
             if not seen.add(row):
-                raise DuplicateId(f"an earlier row has id {row.id} as of {row.as_of} too; keep one row of both")
+                raise DuplicateId(f"an earlier row has id {row.id} as of {row.as_of}; keep only one")
         except Unusable as problem:
             message = str(problem).encode(errors="replace").decode()[:_SHOWN_CHARACTERS]
             yield RefusedRow(number, raw_id, type(problem).__name__, message)
             no_json += isinstance(problem, files.NotJson)
         else:
             yield row
-        of_this_kind += 1
-    if of_this_kind and no_json == of_this_kind:
+        this_kind += 1
+    if this_kind and no_json == this_kind:
         raise SourceError(f"{path}: none of its {no_json} lines is a JSON object. Set another format.")
-    if of_other_kinds and not of_this_kind:
-        raise SourceError(f"{path}: none of its {of_other_kinds} rows is of kind '{source.kind}'. Set another kind.")
+    if other_kinds and not this_kind:
+        raise SourceError(f"{path}: none of its {other_kinds} rows is of kind '{source.kind}'. Set another kind.")
 
 
 def _row(record: dict[str, Any], raw_id: str, source: ImportSource, ours: bool) -> ImportedRow:
     text = _text(record, "text")
     if text is None:
-        found = record.get("text")
-        raise NoText("the row has no text" if found is None else f"the text is of type {type(found).__name__}")
+        value = record.get("text")
+        raise NoText("the row has no text" if value is None else f"the text has type {type(value).__name__}")
     return ImportedRow(
         id=_own_id(raw_id) if ours else stable_id(raw_id),
         as_of=_as_of(record, source, ours),
@@ -289,7 +291,7 @@ def _row(record: dict[str, Any], raw_id: str, source: ImportSource, ours: bool) 
 
 
 def _text(record: dict[str, Any], field: str) -> str | None:
-    """A text field, checked to be UTF-8; None where it is missing or no text. Raises the Unusable in its place."""
+    """A text field, checked to be UTF-8; None if it is missing or not text. Raises the Unusable instead."""
     value = record.get(field)
     if isinstance(value, Unusable):
         raise value
@@ -300,7 +302,7 @@ def _text(record: dict[str, Any], field: str) -> str | None:
             value.encode()
             return value
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        raise Undecodable(f"{field} is no UTF-8 ({error.reason} at {error.start})") from None
+        raise Undecodable(f"{field} is not valid UTF-8 ({error.reason} at {error.start})") from None
     return None
 
 
@@ -311,8 +313,8 @@ def _raw_id(record: dict[str, Any]) -> str:
     text = _text(record, "id")
     if text:
         return text
-    found = "is empty" if value in (None, "", b"") else f"is of type {type(value).__name__}"
-    raise NoId(f"the id {found}; set id_field or columns if the file calls it differently")
+    problem = "is empty" if value in (None, "", b"") else f"has type {type(value).__name__}"
+    raise NoId(f"the id {problem}; set id_field or columns if the file uses another name")
 
 
 def _own_id(raw_id: str) -> int:
@@ -321,7 +323,7 @@ def _own_id(raw_id: str) -> int:
     except ValueError:
         id_ = 2**63
     if id_ not in _INT64:
-        raise NoId("an OwlRec export has int64 ids; for other ids leave out one of its columns, or map columns")
+        raise NoId("an OwlRec export has int64 ids; for other ids, drop one of its columns or map columns")
     return id_
 
 
@@ -329,17 +331,17 @@ def _as_of(record: dict[str, Any], source: ImportSource, ours: bool) -> int:
     value = record.get("as_of")
     if isinstance(value, bytes | str):
         value = _text(record, "as_of") or None
-    if value is None or value != value:  # NaN is how pandas writes a missing number
+    if value is None or value != value:  # pandas writes missing numbers as NaN
         if source.as_of_ms is None and source.kind == "user":
-            raise NoAsOf("the row has no as_of; give it one, or set as_of_ms for all rows without")
+            raise NoAsOf("the row has no as_of; add one, or set as_of_ms for all such rows")
         return source.as_of_ms or 0
     try:
         moment = int(value)
         exact = isinstance(value, str) or (moment == value and not isinstance(value, bool))
     except (ValueError, OverflowError, TypeError):
         moment, exact = 0, False
-    # In seconds it would look older than any sample and hide every leak. 0 is right for what knows no behaviour; in a
-    # foreign row of a user it is far more often a filler.
+    # A value in seconds would look older than any sample and hide every leak. 0 is right for texts that know no
+    # behavior; in a foreign row of a user it is far more often a filler.
     likely = moment in _INT64 if ours else moment in MILLISECONDS or (moment == 0 and source.kind != "user")
     if not (exact and likely):
         raise BadAsOf(f"as_of {str(value)[:40]} is not a time in milliseconds since 1970, UTC")
@@ -347,7 +349,7 @@ def _as_of(record: dict[str, Any], source: ImportSource, ours: bool) -> int:
 
 
 def _count(value: object) -> int:
-    """A number of tokens; 0 for what is none, since a missing count must not lose a text."""
+    """A number of tokens; 0 if invalid, since a missing count must not lose a text."""
     try:
         count = int(value) if isinstance(value, int | float | str | bytes) else 0
     except (ValueError, OverflowError):
@@ -356,8 +358,8 @@ def _count(value: object) -> int:
 
 
 class _SeenIds:
-    """A set of pairs of id and as_of at 8 bytes each, where Python's own takes about 150: a sorted array of 64-bit
-    hashes, and a small set of the newest.
+    """Set of pairs of id and as_of at 8 bytes each, while Python's own takes about 150: a sorted array of 64-bit
+    hashes, plus a small set of the newest.
     """
 
     _NEWEST = 1 << 18
@@ -367,7 +369,7 @@ class _SeenIds:
         self._sorted = np.zeros(0, np.int64)
 
     def add(self, row: ImportedRow) -> bool:
-        """Adds a row; False where its id and as_of were there already."""
+        """Adds a row; returns False if its id and as_of were already there."""
         key = hash(struct.pack("<qq", row.id, row.as_of))
         place = self._sorted.searchsorted(key)
         if key in self._newest or (place < len(self._sorted) and self._sorted[place] == key):
@@ -375,23 +377,23 @@ class _SeenIds:
         self._newest.add(key)
         if len(self._newest) == self._NEWEST:
             newest = np.fromiter(self._newest, np.int64, self._NEWEST)
-            # "stable" is a merge sort: it makes one pass over what is sorted already.
+            # "stable" is a merge sort: one pass over already sorted data.
             self._sorted = np.sort(np.concatenate([self._sorted, np.sort(newest)]), kind="stable")
             self._newest.clear()
         return True
 
 
-# ------------------------------------------------------------------------------------------------------------- adoption
-# Knowledge made elsewhere becomes a job's: imported rows pass the same gate into the same tables as generated ones.
+# --------------------------------------------------------------------------------------------------------------- import
+# Adds imported knowledge as a job: imported rows pass the same gate into the same tables as generated ones.
 #
-# All imports of a workspace make up one job, in which each replaces what an earlier one brought of its kind. A file of
-# any length is read once: its rows are dealt into buckets by the hash of their id on the local disk, and each bucket
-# then becomes whole shards. A text may know as much of a user as it likes, since no sample before its as_of reads it.
-# A flagged text cannot be asked for again, so `retry` and `fall_back` send it to the dead letters.
+# All imports of a workspace form one job, in which each import replaces earlier ones of its kind. A file of
+# any length is read once: its rows are split into buckets by the hash of their id on the local disk, and each bucket
+# becomes whole shards. A text's cutoff may be recent, since no sample before its as_of reads it.
+# A flagged text cannot be generated again, so `retry` and `fall_back` send it to the dead letters.
 
 
 _ROWS_AT_ONCE = 1 << 14
-_MOST_BUCKETS = 256  # files that are open while the rows are dealt
+_MOST_BUCKETS = 256  # open files while splitting the rows
 _ROWS = pa.schema(
     [
         ("id", pa.int64()),
@@ -401,26 +403,24 @@ _ROWS = pa.schema(
         ("finish_reason", pa.string()),
         ("prompt_tokens", pa.int32()),
         ("output_tokens", pa.int32()),
-        ("error", pa.string()),  # null where the row can be used
+        ("error", pa.string()),  # null if the row is usable
         ("message", pa.string()),
     ]
 )
 
 
-def adopt(
+def import_knowledge_file(
     workspace: Workspace, scenario: Scenario, quality: QualityConfig, source: ImportSource
 ) -> tuple[GenerationJob, dict[str, Card]]:
-    """Reads a file of knowledge into the workspace, in place of all imported knowledge of its kind; the job of all
-    imports, and the cards of this one.
+    """Imports a file of knowledge into the workspace, replacing all imported knowledge of its kind; returns the job of
+    all imports, and the cards of this one.
 
-    Raises SourceError for a file that cannot be read as a whole, and for a kind that no table of the workspace has;
-    WorkspaceError where `prepare` has not run. A bad row goes to the dead letters.
+    Raises SourceError for a file that cannot be read as a whole, and for a kind without a table in the workspace;
+    WorkspaceError if `prepare` has not run. A bad row goes to the dead letters.
     """
     if source.kind == "cohort":
-        raise SourceError(
-            f"{source.path}: knowledge of kind '{source.kind}' cannot be imported yet, only user and item."
-        )
-    rows = read_knowledge_file(source)  # complains of the file before anything is removed
+        raise SourceError(f"{source.path}: knowledge of kind '{source.kind}' cannot be imported, only user and item.")
+    rows = read_knowledge_file(source)  # reports file errors before anything is removed
     named = fingerprint("imported", scenario, quality, RULES)
     job = GenerationJob(scenario, PromptConfig(), SamplingConfig(), DecodingConfig(), quality, named)
     n_shards = workspace.n_shards(source.kind)
@@ -430,7 +430,7 @@ def adopt(
         buckets = _deal(rows, spill, min(n_shards, _MOST_BUCKETS))
         stage = _ImportStage(job, source.kind, source.framework, buckets)
         inputs = {Shard(source.kind, number): digest for number in range(n_shards)}
-        # Made again even where the cards are of this very file: nothing else says that the spill was read to its end.
+        # Repeated even if the cards belong to this file: nothing else shows that the spill was read to its end.
         cards = run_stage(workspace, stage, inputs, Pool(in_flight=1), again=list(inputs))
     finally:
         shutil.rmtree(spill, ignore_errors=True)
@@ -438,7 +438,7 @@ def adopt(
 
 
 def _deal(rows: Iterator[ImportedRow | RefusedRow], folder: Path, n: int) -> list[Path]:
-    """Writes rows into `n` files by the hash of their id; in each they keep the order of the source."""
+    """Writes rows into `n` files by the hash of their id, keeping the order of the source."""
     paths = [folder / f"{number}.arrows" for number in range(n)]
     with ExitStack() as stack:
         writers = [stack.enter_context(pa.ipc.new_stream(str(path), _ROWS)) for path in paths]
@@ -460,7 +460,7 @@ def _record(row: ImportedRow | RefusedRow) -> dict[str, object]:
 
 @dataclass
 class _ImportStage(Stage):
-    """Shards of imported texts, from rows that were dealt into buckets."""
+    """Shards of imported texts, from rows split into buckets."""
 
     job: GenerationJob
     kind: Kind
@@ -483,13 +483,13 @@ class _ImportStage(Stage):
         if self.kind == "user":
             mine &= ~read_tombstones(workspace).among(table["id"].to_numpy())
         gate = QualityGate(self.job.quality, self.job.scenario)
-        judged = [_judge(self.kind, row, gate) for row in table.filter(pa.array(mine)).to_pylist()]
-        rows, outcomes = [row for row, _ in judged], [outcome for _, outcome in judged]
+        checked = [_check_row(self.kind, row, gate) for row in table.filter(pa.array(mine)).to_pylist()]
+        rows, outcomes = [row for row, _ in checked], [outcome for _, outcome in checked]
         knowledge, dead = to_tables(self.job, self.framework, rows, outcomes)
         return write_shard(work, KNOWLEDGE.empty_table(), knowledge, dead, outcomes)
 
 
-def _judge(kind: Kind, row: dict[str, object], gate: QualityGate) -> tuple[Prompt | UnusableRow, Outcome]:
+def _check_row(kind: Kind, row: dict[str, object], gate: QualityGate) -> tuple[Prompt | UnusableRow, Outcome]:
     id_, as_of = int(str(row["id"])), int(str(row["as_of"]))
     if row["error"]:
         error, message = str(row["error"]), str(row["message"])

@@ -1,8 +1,8 @@
-"""The file formats in which others keep LLM knowledge: KAR's JSON, OpenAI's JSON lines, plain JSON lines, CSV, Parquet.
+"""Readers of knowledge files: KAR's JSON, OpenAI's JSON lines, plain JSON lines, CSV, Parquet.
 
-A reader turns a file into records with our field names and leaves judging them to `importing`. What makes one record
-unusable becomes an `Unusable` in its place, so that a bad line stops nobody; only a file that is wrong as a whole
-raises. Text is decoded a line at a time: one bad byte costs its own row.
+A reader turns a file into records with our field names and leaves validation to `importing`. An unusable record
+becomes an `Unusable`, so a bad line stops nothing; only a file that is wrong as a whole
+raises. Text is decoded a line at a time, so one bad byte costs only its row.
 """
 
 import csv
@@ -23,44 +23,44 @@ from owlrec.sources.tabular import to_milliseconds
 Format = Literal["kar", "openai", "jsonl", "csv", "parquet"]
 Field = Literal["id", "text", "prompt", "as_of", "finish_reason", "prompt_tokens", "output_tokens"]
 FIELDS: tuple[Field, ...] = get_args(Field)
-OURS = frozenset({"kind", "id", "as_of", "text", "framework"})  # the columns by which an OwlRec export is known
-LONGEST_LINE_BYTES = 16 << 20  # 1,000 times a long answer; bounds the memory that a file without line breaks takes
+OURS = frozenset({"kind", "id", "as_of", "text", "framework"})  # columns that identify an OwlRec export
+LONGEST_LINE_BYTES = 16 << 20  # 1,000 times a long answer; bounds memory for a file without line breaks
 _PARQUET_ROWS = 512
 
 
 class Unusable(Exception):
-    """A record that cannot become knowledge; the names of its subclasses tell the user why."""
+    """A record that cannot become knowledge; its subclass tells the user the reason."""
 
 
 class NotJson(Unusable):
-    """A line that is no JSON object."""
+    """A line that is not a JSON object."""
 
 
 class NotCsv(Unusable):
-    """Lines whose quotes or number of fields do not fit."""
+    """Lines with wrong quotes or a wrong number of fields."""
 
 
 class Undecodable(Unusable):
-    """Bytes that are no UTF-8, or a lone surrogate, which no UTF-8 can hold."""
+    """Bytes that are not valid UTF-8, or a lone surrogate, which UTF-8 cannot encode."""
 
 
 class NoText(Unusable):
-    """There is no text, or something else stands in its place."""
+    """The text is missing or is not text."""
 
 
 class ApiError(Unusable):
-    """The API answered this request with an error."""
+    """The API returned an error for this request."""
 
 
-# The number of the line, entry or row (from 1), and its fields by FIELDS; `kind` is among them in an OwlRec export.
+# Number of the line, entry or row (from 1), and its fields by FIELDS; an OwlRec export also has `kind`.
 Record = tuple[int, dict[str, Any] | Unusable]
 
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked where it is gzip (known by its first bytes, not its name).
+    """Bytes of a file, decompressed if it is gzip (recognized by its first bytes, not its name).
 
-    Raises SourceError where the file is missing, unreadable or a broken gzip, also later, while it is read.
+    Raises SourceError if the file is missing, unreadable or a broken gzip, possibly only while reading.
     """
     try:
         with path.open("rb") as file:
@@ -68,13 +68,13 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
             file.seek(0)
             yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if packed else file
     except FileNotFoundError:
-        raise SourceError(f"{path}: there is no such file. Correct the path.") from None
+        raise SourceError(f"{path}: file not found. Correct the path.") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise SourceError(f"{path}: the file cannot be read ({error}). Replace it by a whole copy.") from None
+        raise SourceError(f"{path}: the file cannot be read ({error}). Replace it with a complete copy.") from None
 
 
 def lines(stream: BinaryIO) -> Iterator[bytes]:
-    """The lines with their line breaks. One longer than LONGEST_LINE_BYTES is cut, which makes it a bad row."""
+    """Lines with their line breaks. A line longer than LONGEST_LINE_BYTES is truncated, which makes it a bad row."""
     while line := stream.readline(LONGEST_LINE_BYTES):
         rest = line
         while len(rest) == LONGEST_LINE_BYTES and not rest.endswith(b"\n"):
@@ -86,34 +86,42 @@ def _parse(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise Undecodable(f"the line is no UTF-8 ({error.reason} at byte {error.start})") from None
+        raise Undecodable(f"the line is not valid UTF-8 ({error.reason} at byte {error.start})") from None
     except (ValueError, RecursionError) as error:
-        raise NotJson(f"the line is no JSON ({error})") from None
+        raise NotJson(f"the line is not valid JSON ({error})") from None
     if not isinstance(record, dict):
         raise NotJson(f"the line is a JSON {type(record).__name__}, not an object")
     return record
 
 
 class _Pairs(list):
-    """A JSON object as its pairs: a dict would lose all but the last of a duplicate id."""
+    """A JSON object as its pairs: a dict would keep only the last of duplicate ids."""
 
 
 def read_kar(path: Path) -> Iterator[Record]:
-    """KAR's one JSON object {id: {"prompt", "answer"}}; its own files say "ans". The whole file is held in memory.
+    """KAR's one JSON object {id: {"prompt", "answer"}}; its own files say "ans". Holds the whole file in memory.
 
-    Raises SourceError where the file is no JSON object.
+    Raises SourceError if the file is not a JSON object.
     """
     with open_bytes(path) as stream:
         text = stream.read().decode("utf-8-sig", "surrogateescape")
     try:
         entries = json.loads(text, object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
-        hint = "For a JSON object a line set format: openai or jsonl." if error.msg == "Extra data" else "Fix the file."
-        raise SourceError(f"{path}, line {error.lineno}, column {error.colno}: no JSON ({error.msg}). {hint}") from None
+        hint = (
+            "For one JSON object per line, set format: openai or jsonl."
+            if error.msg == "Extra data"
+            else "Fix the file."
+        )
+        raise SourceError(
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}). {hint}"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: no JSON of KAR's ({error}). Fix the file.") from None
+        raise SourceError(f"{path}: not in KAR's JSON format ({error}). Fix the file.") from None
     if not isinstance(entries, _Pairs):
-        raise SourceError(f"{path}: the JSON is a {type(entries).__name__}, but KAR's is an object of ids. Set format.")
+        raise SourceError(
+            f"{path}: the JSON is a {type(entries).__name__}, but KAR's format is an object keyed by id. Set format."
+        )
     for number, (raw_id, entry) in enumerate(entries, 1):
         fields = dict(entry) if isinstance(entry, _Pairs) else {}
         text_ = fields.get("answer", fields.get("ans"))
@@ -121,10 +129,10 @@ def read_kar(path: Path) -> Iterator[Record]:
 
 
 def read_openai(path: Path, id_field: str, columns: Mapping[str, str]) -> Iterator[Record]:
-    """JSON lines of chat completions: bare ones with an id of theirs, or the output of OpenAI's batch API.
+    """JSON lines of chat completions: bare ones with their own id, or the output of OpenAI's batch API.
 
-    id_field: the top-level field that holds the row's id. columns: the top-level fields of `prompt` and `as_of`; the
-    prompt is otherwise looked for in `prompt_txt` (as in REKI's files) and `prompt`.
+    id_field: top-level field with the row's id. columns: top-level fields of `prompt` and `as_of`; by default, the
+    prompt is in `prompt_txt` (as in REKI's files) or `prompt`.
     """
     for number, record in json_lines(path):
         if isinstance(record, Unusable):
@@ -143,7 +151,7 @@ def read_openai(path: Path, id_field: str, columns: Mapping[str, str]) -> Iterat
 
 
 def _completion(record: dict[str, Any]) -> dict[str, Any]:
-    """Text, finish reason and token counts of one response. Raises ApiError or NoText where it has no text."""
+    """Text, finish reason and token counts of one response. Raises ApiError or NoText if it has no text."""
     response = record.get("response")
     body: Any = response.get("body") if isinstance(response, dict) else record
     status = response.get("status_code") if isinstance(response, dict) else None
@@ -163,11 +171,11 @@ def _completion(record: dict[str, Any]) -> dict[str, Any]:
             "output_tokens": usage.get("completion_tokens") if isinstance(usage, dict) else None,
         }
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise NoText("there is no choices[0].message.content in the response") from None
+        raise NoText("the response has no choices[0].message.content") from None
 
 
 def read_jsonl(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
-    """JSON lines of plain columns, such as `export_jsonl` writes. columns: our field name -> the file's."""
+    """JSON lines of plain columns, as written by `export_jsonl`. columns: our field name -> the file's."""
     names = {field: columns.get(field, field) for field in FIELDS}
     for number, record in json_lines(path):
         if isinstance(record, Unusable) or (not columns and record.keys() >= OURS):
@@ -177,7 +185,7 @@ def read_jsonl(path: Path, columns: Mapping[str, str]) -> Iterator[Record]:
 
 
 def json_lines(path: Path) -> Iterator[Record]:
-    """The objects of a JSON-lines file, as they are; blank lines are passed over."""
+    """Objects of a JSON-lines file, unchanged; blank lines are skipped."""
     with open_bytes(path) as stream:
         for number, line in enumerate(lines(stream), 1):
             if line.isspace():
@@ -191,7 +199,7 @@ def json_lines(path: Path) -> Iterator[Record]:
 def read_csv(path: Path, columns: Mapping[str, str], required: Collection[str]) -> Iterator[Record]:
     """CSV, or TSV by the file's name, with a header. columns: our field name -> the file's.
 
-    required: the fields without which the file is refused. Raises SourceError where the header lacks one of them.
+    required: fields without which the file is refused. Raises SourceError if the header lacks one of them.
     """
     with open_bytes(path) as stream:
         texts = (line.decode("utf-8", "surrogateescape") for line in lines(stream))
@@ -199,35 +207,38 @@ def read_csv(path: Path, columns: Mapping[str, str], required: Collection[str]) 
         try:
             header = next(reader, [])
         except csv.Error as error:
-            raise SourceError(f"{path}, line 1: the header is no CSV ({error}). Correct it.") from None
+            raise SourceError(f"{path}, line 1: the header is not valid CSV ({error}). Correct it.") from None
         if not header:
-            raise SourceError(f"{path}: the first line is empty. Give the file a header of column names.")
+            raise SourceError(f"{path}: the first line is empty. Add a header with column names.")
         header[0] = header[0].removeprefix("\ufeff")
         mapping = _mapping(path, header, columns, required)
         repeated = [name for name in mapping.values() if header.count(name) > 1]
         if repeated:
-            raise SourceError(f"{path}, line 1: two columns are called '{repeated[0]}'. Rename one.")
+            raise SourceError(f"{path}, line 1: two columns are named '{repeated[0]}'. Rename one.")
         places = {field: header.index(name) for field, name in mapping.items()}
         while True:
             number = reader.line_num + 1
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                # The reader has dropped the lines since the opening quote; it goes on with the next one.
-                yield number, NotCsv(f'lines {number} to {reader.line_num} are no CSV ({error}); write "" for a quote')
+                # The reader has dropped the lines since the opening quote and continues with the next one.
+                yield (
+                    number,
+                    NotCsv(f'lines {number} to {reader.line_num} are not valid CSV ({error}); write "" for a quote'),
+                )
                 continue
             if row is None:
                 return
             if len(row) == len(header):
                 yield number, {field: row[place] for field, place in places.items()}
             elif row:
-                yield number, NotCsv(f"the line has {len(row)} fields where the header has {len(header)}")
+                yield number, NotCsv(f"the line has {len(row)} fields, but the header has {len(header)}")
 
 
 def read_parquet(path: Path, columns: Mapping[str, str], required: Collection[str]) -> Iterator[Record]:
     """Parquet, a few hundred rows as Python objects at a time. columns, required: as in `read_csv`.
 
-    Raises SourceError where the file is no Parquet, lacks a required column or has one of a wrong type.
+    Raises SourceError if the file is not valid Parquet, or lacks a required column or has one of a wrong type.
     """
     number = 0
     try:
@@ -239,7 +250,7 @@ def read_parquet(path: Path, columns: Mapping[str, str], required: Collection[st
                     number += 1
                     yield number, dict(zip(values, row, strict=True))
     except FileNotFoundError:
-        raise SourceError(f"{path}: there is no such file. Correct the path.") from None
+        raise SourceError(f"{path}: file not found. Correct the path.") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise SourceError(f"{path}: the file cannot be read as Parquet ({error}). Replace it.") from None
 
@@ -247,11 +258,11 @@ def read_parquet(path: Path, columns: Mapping[str, str], required: Collection[st
 def _mapping(
     path: Path, present: Collection[str], columns: Mapping[str, str], required: Collection[str]
 ) -> dict[str, str]:
-    """Our field -> the file's column, for those that are there."""
+    """Our field -> the file's column, for existing columns."""
     names = {field: columns.get(field, field) for field in FIELDS}
     for field, name in names.items():
         if name not in present and (field in columns or field in required):
-            hint = " or set as_of_ms, the moment up to which its texts know their users" if field == "as_of" else ""
+            hint = " or set as_of_ms, the cutoff time of its texts about users" if field == "as_of" else ""
             raise SourceError(
                 f"{path}: column '{name}' is missing.{did_you_mean(name, present)} Rename a column, or map one to "
                 f"'{field}' under columns{hint}."
@@ -261,7 +272,7 @@ def _mapping(
 
 
 def _values(path: Path, field: str, column: pa.Array) -> list[Any]:
-    """A Parquet column as Python values; text as bytes, since Arrow decodes a batch as a whole or not at all."""
+    """A Parquet column as Python values; text as bytes, since Arrow decodes a batch all or nothing."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if field == "as_of":
@@ -272,8 +283,8 @@ def _values(path: Path, field: str, column: pa.Array) -> list[Any]:
     numbers = field in ("id", "as_of", "prompt_tokens", "output_tokens") and pa.types.is_integer(column.type)
     floats = field in ("as_of", "prompt_tokens", "output_tokens") and pa.types.is_floating(
         column.type
-    )  # pandas, where some are missing
+    )  # pandas, if some are missing
     if numbers or floats or pa.types.is_null(column.type):
         return cast(list[Any], column.to_pylist())
     wanted = "string" if field in ("text", "prompt", "kind", "finish_reason") else "int64 or string"
-    raise SourceError(f"{path}: the column of '{field}' is of type {column.type}. Write it as {wanted}.")
+    raise SourceError(f"{path}: the column of '{field}' has type {column.type}. Write it as {wanted}.")

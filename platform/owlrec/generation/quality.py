@@ -1,9 +1,9 @@
-"""The quality gate: which generated texts are rubbish, told by rules alone, and what is to be done with them.
+"""The quality gate: finds bad generated texts by rules alone, and decides what happens to them.
 
-The faults are those of public LLM knowledge for recommenders (REKI's released texts hold movie prompts that were sent
+The faults are those of public LLM knowledge for recommenders (in REKI's released texts, movie prompts were sent
 for books, so answers complain that the titles are books, and empty prompts, so answers ask for the titles) and those
-of small models: loops, copied prompts, leaked chat tokens. `quality_form` tells the faults that a text's form betrays,
-`quality_wording` those of what it says.
+of small models: loops, copied prompts, leaked chat tokens. `quality_form` finds faults in a text's form,
+`quality_wording` faults in its wording.
 """
 
 import re
@@ -18,11 +18,11 @@ from typing import Literal, get_args
 from pydantic import Field, field_validator
 
 from owlrec.config import Config
-from owlrec.prompting.framework import TEMPLATE_TOKEN
+from owlrec.prompting.frameworks import TEMPLATE_TOKEN
 from owlrec.scenario import SCENARIOS, Scenario
 
 # ---------------------------------------------------------------------------------------------------------------- words
-# A text as words: bytes, since rules that read millions of texts compare them, and translating bytes is fast.
+# A text as words, in bytes: the rules compare millions of texts, and translating bytes is fast.
 
 
 # Lower case, every digit a 0 (so that "3 stars; 4 stars" and numbered lines repeat), punctuation a space.
@@ -34,21 +34,21 @@ QUOTED = re.compile(r'"[^"\n]*"|“[^“”\n]*”|«[^«»\n]*»|「[^「」\n]
 
 
 def utf8(text: str) -> bytes:
-    """The text's bytes, half a surrogate pair included."""
+    """The text's bytes, including lone surrogates."""
     return text.encode("utf-8", "surrogatepass")
 
 
 def words_of(text: str) -> list[bytes]:
-    """The text's words in UTF-8, which is translated 20 times faster than a str that is not ASCII."""
+    """The text's words in UTF-8, which is translated 20 times faster than a non-ASCII str."""
     return utf8(text.replace("’", "'")).translate(_WORD_BYTES).split()
 
 
 # --------------------------------------------------------------------------------------------------------- quality form
-# What a text's form betrays, whatever it says: that it was cut off, loops, copies its prompt, or came in a broken
+# Faults of a text's form, whatever its content: cut off, looping, copying its prompt, or in a broken
 # encoding or another script. The thresholds are QualityRules.
 
 
-_RUN_WORDS = 6  # "- 4 stars" and the next line's "5. The" make runs of five in any good list of ratings
+_RUN_WORDS = 6  # good lists of ratings have runs of five: "- 4 stars", then "5. The"
 
 # --- cut_off
 _CLOSERS = "\"'”’»)]*_」』》）"
@@ -57,9 +57,9 @@ _BARE_NUMBER = re.compile(r"(?:^|\n)\W*\d+[.)]$")  # the number of a list's next
 
 
 def is_cut_off(text: str) -> bool:
-    """Whether a text that ran into max_tokens stops within a sentence; greedy answers often end just with one.
+    """Whether a text that reached max_tokens stops within a sentence; greedy answers often happen to end with one.
 
-    A closing quote alone ends no sentence here: straight quotes open and close alike, and lists end in titles.
+    A closing quote alone does not end a sentence here: straight quotes open and close alike, and lists end in titles.
     """
     if not text.rstrip(_CLOSERS).endswith(_SENTENCE_ENDS):
         return True
@@ -68,7 +68,7 @@ def is_cut_off(text: str) -> bool:
 
 # --- repetition
 _TAIL_CHARS = 32
-# A text with a third of its words said three times over hardly has more distinct words than this.
+# A text with a third of its words repeated three times has hardly more distinct words than this.
 _MAX_DISTINCT_SHARE = 0.65
 _MIN_LIST_LINES = 6
 _NO_DIGITS = str.maketrans("", "", "0123456789")
@@ -79,14 +79,14 @@ def repeats(
 ) -> bool:
     """Whether the text loops: at its end (also without spaces), in runs of words, or over the lines of a list.
 
-    An enumeration ("The user liked X for its plot. The user liked Y for ...") repeats its frame, but what it says
-    differs, and so no run of _RUN_WORDS words returns.
+    An enumeration ("The user liked X for its plot. The user liked Y for ...") repeats its frame, but the content
+    differs, so no run of _RUN_WORDS words repeats.
     """
     if len(text) >= min_repeats * _TAIL_CHARS and text.count(text[-_TAIL_CHARS:]) >= min_repeats:
         return True
     if len(set(words)) > _MAX_DISTINCT_SHARE * len(words):
         return False
-    # Of the pairs of words within such runs each is said min_repeats times; most texts have too many different pairs.
+    # Each word pair in such a run occurs min_repeats times; most texts have too many different pairs.
     pairs = len(words) - 1
     within = max_repeated_share * len(words) * (1 - 1 / _RUN_WORDS)
     if len(set(pairwise(words))) <= pairs - within * (1 - 1 / min_repeats):
@@ -103,17 +103,17 @@ def repeats(
 # --- prompt_echo
 _WINDOWS = 8
 _WINDOW_CHARS = 32
-_TITLE = re.compile(r'"[^"\n]*"(?:\s*\d[\d.]*\s+\w+)?')  # with the rating behind it: listing them again is no echo
+_TITLE = re.compile(r'"[^"\n]*"(?:\s*\d[\d.]*\s+\w+)?')  # with its rating; listing titles again is not an echo
 
 
 def may_copy(text: str, prompt: str) -> bool:
-    """Whether one of a few slices of `text` stands in `prompt`: a long copy cannot lie between them all."""
+    """Whether one of a few slices of `text` occurs in `prompt`: a long copy would cover at least one."""
     stride = max(len(text) // _WINDOWS, _WINDOW_CHARS // 2)
     return any(text[i : i + _WINDOW_CHARS] in prompt for i in range(0, max(len(text) - _WINDOW_CHARS, 0) + 1, stride))
 
 
 def copied_share(text: str, prompt: str) -> float:
-    """Share of the text's words in runs that stand in the prompt too, titles left out."""
+    """Share of the text's words in runs that also occur in the prompt, without titles."""
     words, asked = (words_of(_TITLE.sub(" ", t)) for t in (text, prompt))
     return _covered_share(words, _runs(words), set(_runs(asked)))
 
@@ -123,7 +123,7 @@ def _runs(words: Sequence[bytes]) -> list[tuple[bytes, ...]]:
 
 
 def _covered_share(words: Sequence[bytes], runs: Sequence[tuple[bytes, ...]], wanted: set[tuple[bytes, ...]]) -> float:
-    """Share of the words that stand in one of the `wanted` runs."""
+    """Share of the words in one of the `wanted` runs."""
     covered, end = 0, 0
     for start, run in enumerate(runs):
         if run in wanted:
@@ -134,21 +134,21 @@ def _covered_share(words: Sequence[bytes], runs: Sequence[tuple[bytes, ...]], wa
 
 # --- language
 _MOJIBAKE = re.compile("Ã[\u0080-\u00bf]|â€|Â[\u00a0-\u00bf]|\ufffd")
-_MOSTLY = 0.8  # of the characters: above it nobody needs to count scripts
+_MOSTLY = 0.8  # of the characters: above it, scripts need not be counted
 _EAST_ASIAN = ("CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH", "FULLWIDTH")  # mixed in one sentence
 
 
 def is_broken(text: str, prompt: str) -> bool:
-    """Whether bytes were read in the wrong encoding, unless the prompt's own text came so.
+    """Whether bytes were decoded with the wrong encoding, unless the prompt's own text already was.
 
-    A replacement character at the very end is where max_tokens cut a character in two.
+    A replacement character at the very end comes from max_tokens splitting a character.
     """
     text = text.rstrip("\ufffd")
     return any(c in text for c in "Ãâ\ufffdÂ") and any(m[0] not in prompt for m in _MOJIBAKE.finditer(text))
 
 
 def script_share(text: str, prompt: str) -> float:
-    """Share of the text's letters that are in the prompt's dominant script; 1 where either has none to count."""
+    """Share of the text's letters in the prompt's dominant script; 1 if either has no letters."""
     if all(len(t.encode("ascii", "ignore")) >= _MOSTLY * len(t) for t in (text, prompt)):
         return 1.0
     asked, said = (Counter(_script(c) for c in QUOTED.sub("", t) if c.isalpha()) for t in (prompt, text))
@@ -163,11 +163,11 @@ def _script(letter: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ quality wording
-# What a text says about its task instead of doing it: refusals, requests for data, talk of another domain's things.
+# Texts that talk about their task instead of doing it: refusals, requests for data, talk about another domain's items.
 #
-# Knowledge is written in the third person: a hero who cannot go on, or an app that asks users to share, speaks in
-# quotes or is reported. So the rules look for the first person and the asker, in the text without what it quotes; and
-# they first look at the set of its words, so that their expressions hardly ever run on a good text.
+# Knowledge is written in the third person. A hero who cannot go on, or an app that asks users to share, appears in
+# quotes or reported speech. So the rules look for the first person and for the reader, in the text without quotes. They
+# first check the set of its words, so their expressions rarely run on a good text.
 
 
 class WordingRules:
@@ -179,7 +179,7 @@ class WordingRules:
         self._domain = _DomainRule(scenario, min_foreign_mentions, min_foreign_ratio)
 
     def flags(self, text: str, words: Sequence[bytes]) -> dict[str, object]:
-        """Flag -> whether it is true of a text whose words these are; flags that are absent are not."""
+        """Flag -> whether a text with these words has it; missing flags are False."""
         vocabulary = set(words)
         refuses, asks = vocabulary & _REFUSAL_WORDS, vocabulary & _INPUT_WORDS
         foreign = self._domain.suspects(words, vocabulary)
@@ -207,14 +207,14 @@ def _any(words: Iterable[str]) -> str:
 
 
 def _holding(sentences: Sequence[str], words: Iterable[bytes]) -> list[str]:
-    """The sentences with one of `words`: the rules' expressions are slow, and most sentences hold none."""
+    """Sentences with one of `words`: the rules' expressions are slow, and most sentences have none."""
     wanted = [w.decode("utf-8", "surrogatepass") for w in words]
     return [s.strip() for s in sentences if any(w in s for w in wanted)] if wanted else []
 
 
 _REFUSAL_WORDS = _set_of("i i'm i've me my unable sorry apologies request task question")
-# An author of knowledge has no reason to say what "I" do not, cannot or will not do, whatever the verb; only that it
-# sees no titles is a question for them.
+# An author of knowledge has no reason to say that "I" do not, cannot or will not do something. Only the complaint of
+# seeing no titles counts as a request for them.
 _REFUSAL = re.compile(
     r"^(?:(?:i'm|i am) )?(?:(?:so|very|really) )?(?:sorry|apologies)\b"
     r"|\bi(?:'m| am| was|'d| would| must| have to| need to| do| will| could| have)?(?: (?:\w+ly|afraid i|also|just))?"
@@ -236,7 +236,7 @@ _GIVE = (
 
 
 def _asks_for_input(scenario: Scenario) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What asks the asker for data: in a sentence with one of _INPUT_WORDS, and as a question."""
+    """Requests for data: in a sentence with one of _INPUT_WORDS, and as a question."""
     thing = rf"(?:{_any(_nouns(scenario))}|titles?|items?|names?|lists?|history|details?|information|data|context)"
     requests = (
         rf"(?:^|[:;,]\s*|\b(?:and|so|then|but) )(?:just )?(?:please|kindly) {_GIVE}|\bjust (?:send|give|tell|paste)\b",
@@ -255,27 +255,27 @@ def _asks_for_input(scenario: Scenario) -> tuple[re.Pattern[str], re.Pattern[str
 
 
 # --- wrong_domain
-_NOUNS: dict[str, str] = {  # beside the scenario's own words for its items
+_NOUNS: dict[str, str] = {  # by items; in addition to the scenario's own words for them
     "movies": "movie movies film films viewer viewers",
     "books": "book books novel novels reader readers author authors",
-    "music": "song songs album albums listener listeners",
+    "songs": "song songs album albums listener listeners",
     "apps": "app apps",
     "ads": "ad ads advert adverts advertisement advertisements",
-    "news": "article articles headline headlines",
+    "news articles": "article articles headline headlines",
 }
-# Ads, apps and news are about anything, films and books included, so there only a plain statement counts.
-_WORKS = ("movies", "books", "music")
+# Ads, apps and news can be about anything, including films and books, so there only a plain statement counts.
+_WORKS = ("movies", "books", "songs")
 _STATEMENT_WORDS = _set_of(
     "not rather instead isn't aren't titles fact actually all items entries works things these those"
 )
 
 
 def _nouns(scenario: Scenario) -> set[str]:
-    return {*_NOUNS.get(scenario.name, "").split(), scenario.item.lower(), scenario.items.lower()}
+    return {*_NOUNS.get(scenario.items, "").split(), scenario.item.lower(), scenario.items.lower()}
 
 
 def _word_forms(nouns: Iterable[str]) -> frozenset[bytes]:
-    """Single words, possessives too; "article" for "news article"."""
+    """Single words, including possessives; "article" for "news article"."""
     return frozenset(utf8(n.split()[-1] + s) for n in nouns if n.strip() for s in ("", "'s"))
 
 
@@ -283,7 +283,7 @@ class _DomainRule:
     def __init__(self, scenario: Scenario, min_mentions: int, min_ratio: float) -> None:
         self._min_mentions, self._min_ratio = min_mentions, min_ratio
         own = _nouns(scenario)
-        others = {name: _nouns(other) for name, other in SCENARIOS.items() if own.isdisjoint(_nouns(other))}
+        others = {other.items: _nouns(other) for other in SCENARIOS.values() if own.isdisjoint(_nouns(other))}
         foreign, mine = _any(set().union(*others.values())), _any(own)
         within, no = r".{0,40}?", r"(?:not|rather than|instead of|aren't|isn't)(?: really| actually)?(?: an?| the)?"
         self._statement = re.compile(
@@ -295,18 +295,18 @@ class _DomainRule:
         )
         self._own = _word_forms(own)
         self._words = _word_forms(set().union(*others.values()))
-        counted = (*_WORKS, "apps") if scenario.name in _WORKS else ()
+        counted = (*_WORKS, "apps") if scenario.items in _WORKS else ()
         self._counted = [_word_forms(nouns) for name, nouns in others.items() if name in counted]
 
     def suspects(self, words: Sequence[bytes], vocabulary: set[bytes]) -> set[bytes]:
-        """The other domains' nouns in a text that may be about them, quotations included; mostly none."""
-        found = vocabulary & self._words
-        if found and (self._often(words, found) or not _STATEMENT_WORDS.isdisjoint(vocabulary)):
-            return found
+        """Other domains' nouns in a text that may be about them, including quotations; mostly none."""
+        suspicious = vocabulary & self._words
+        if suspicious and (self._often(words, suspicious) or not _STATEMENT_WORDS.isdisjoint(vocabulary)):
+            return suspicious
         return set()
 
     def is_foreign(self, said: str, sentences: Sequence[str], words: Sequence[bytes], suspects: set[bytes]) -> bool:
-        """Whether a text (`said`: in lower case, without quotations) treats the things as another domain's."""
+        """Whether a text (`said`: lowercase, without quotations) treats the items as another domain's."""
         if any(map(self._statement.search, _holding(_holding(sentences, suspects), _STATEMENT_WORDS))):
             return True
         if not self._often(words, suspects):
@@ -330,79 +330,80 @@ Flag = Literal[
 ]
 # fmt: on
 FLAGS: tuple[Flag, ...] = get_args(Flag)
-# keep: the text with its flag; retry: ask again with the retry decoding settings; fall_back: use a fallback text;
-# drop: send the row to the dead letters. In order of severity.
+# keep: the text with its flag; retry: generate again with the retry sampling; fall_back: use a fallback text;
+# drop: move the row to the dead letters. In order of severity.
 Policy = Literal["keep", "retry", "fall_back", "drop"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
-# Other decoding settings free a model from a loop or a refusal. They do not give it more tokens (cut_off), a better
-# prompt (wrong_domain) or more to say (too_short), and such a text still holds some knowledge; what an echo or a
-# foreign language is worth depends on the encoder, so it is flagged for a look at the prompts and the model.
+# Other sampling frees a model from a loop or a refusal. It does not provide more tokens (cut_off), a better
+# prompt (wrong_domain) or more to say (too_short), and such a text still has some knowledge. The effect of an echo or a
+# foreign language depends on the encoder, so these are flagged as a reason to check the prompts and the model.
 _RETRIED: tuple[Flag, ...] = ("empty", "repetition", "refusal", "asks_for_input", "template_tokens")
 DEFAULT_POLICY: dict[Flag, Policy] = {flag: "retry" if flag in _RETRIED else "keep" for flag in FLAGS}
 
 
 @dataclass(frozen=True)
 class QualityRules:
-    """When a text is flagged, and how a retry samples. Shares are of the text's words unless said otherwise.
+    """Thresholds of the flags, and sampling of a retry. Shares are of the text's words unless stated otherwise.
 
-    No recipe sets these. Part of the fingerprint of texts, as values.
+    No recipe sets these. Part of the texts' fingerprint, by value.
     """
 
-    # About ten English words, less than any reason takes; bytes, since a Chinese character (3) says what 3 letters do.
+    # About ten English words, fewer than any reason needs; in bytes, since a Chinese character (3) equals about 3
+    # letters.
     min_bytes: int = 60
-    # A run of words said this often is a loop; twice is what a summary at the end does.
+    # A run of words that occurs this often is a loop; a summary at the end may cause two.
     min_repeats: int = 3
     max_repeated_share: float = 1 / 3
-    # Of a list's lines, those that an earlier line has said: small models return to two or three titles.
+    # Share of a list's lines that repeat an earlier line: small models return to two or three titles.
     max_duplicate_lines_share: float = 1 / 3
-    # A restated question is short beside its answer; above this the answer has hardly begun.
+    # A restated question is short compared with its answer; above this share the answer has hardly begun.
     max_copied_share: float = 0.4
-    # Of another domain's nouns, and to each of the scenario's own: a film's text names the book that it is based on
-    # once or twice, and says "film" besides.
+    # Number of another domain's nouns, and the ratio to the scenario's own: a film's text may name the book it is based
+    # on once or twice, but also says "film".
     min_foreign_mentions: int = 3
     min_foreign_ratio: float = 4.0
-    min_script_share: float = 0.5  # of the letters, those in the script of the prompt
+    min_script_share: float = 0.5  # share of letters in the prompt's script
+    max_retries: int = 2  # each costs a whole answer
     retry_temperature: float = 0.7  # greedy decoding would write the same text again
-    retry_repetition_penalty: float = 1.1  # mild: names and titles have to return
+    retry_repetition_penalty: float = 1.1  # mild: names and titles must repeat
 
 
 RULES = QualityRules()
 
 
 class QualityConfig(Config):
-    """What is done about a text that is flagged."""
+    """Actions on flagged texts."""
 
-    enabled: bool = True
-    policy: dict[Flag, Policy] = Field(default_factory=lambda: dict(DEFAULT_POLICY))  # what is set adds to the defaults
-    max_retries: int = Field(2, ge=0)  # each costs a whole answer
+    # Of each flag; what is set adds to the defaults. off: no text is looked at.
+    policy: dict[Flag, Policy] | Literal["off"] = Field(default_factory=lambda: dict(DEFAULT_POLICY))
 
     @field_validator("policy")
     @classmethod
-    def _with_defaults(cls, policy: dict[Flag, Policy]) -> dict[Flag, Policy]:
-        return {**DEFAULT_POLICY, **policy}
+    def _with_defaults(cls, policy: dict[Flag, Policy] | Literal["off"]) -> dict[Flag, Policy] | Literal["off"]:
+        return policy if policy == "off" else {**DEFAULT_POLICY, **policy}
 
 
 class QualityGate:
-    """The rules of one scenario, compiled once; shared by all rows of a job."""
+    """The rules of one scenario, compiled once and shared by all rows of a job."""
 
     def __init__(self, config: QualityConfig, scenario: Scenario) -> None:
-        self.config = config
+        self._policy = None if config.policy == "off" else config.policy
         self._wording = WordingRules(scenario, RULES.min_foreign_mentions, RULES.min_foreign_ratio)
 
     def flags(self, text: str, *, prompt: str, finish_reason: str) -> tuple[Flag, ...]:
-        """The faults of `text`, in the order of FLAGS; () for a good text, and always where the gate is disabled.
+        """Faults of `text`, in the order of FLAGS; () for a good text, and always if the policy is off.
 
-        prompt: what the model was asked; put the system turn before it where its echo counts too.
+        prompt: the model's prompt; prepend the system turn to include its echo.
         finish_reason: "stop" or "length" (see Completion).
         """
-        if not self.config.enabled:
+        if self._policy is None:
             return ()
         text = text.strip()
         if not text:
             return ("empty",)
         words = words_of(text)
-        found: dict[str, object] = {
+        flagged: dict[str, object] = {
             "too_short": len(text) < RULES.min_bytes and len(utf8(text)) < RULES.min_bytes,
             "cut_off": finish_reason == "length" and is_cut_off(text),
             "repetition": repeats(
@@ -418,8 +419,9 @@ class QualityGate:
             "language": not text.isascii()
             and (is_broken(text, prompt) or script_share(text, prompt) < RULES.min_script_share),
         }
-        return tuple(flag for flag in FLAGS if found.get(flag))
+        return tuple(flag for flag in FLAGS if flagged.get(flag))
 
     def action(self, flags: Iterable[Flag]) -> Policy:
-        """The most severe policy among those of `flags`; "keep" where there are none."""
-        return max((self.config.policy[f] for f in flags), key=POLICIES.index, default="keep")
+        """The most severe policy of `flags`; "keep" without flags."""
+        policy = self._policy or {}
+        return max((policy[f] for f in flags), key=POLICIES.index, default="keep")

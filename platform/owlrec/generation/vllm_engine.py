@@ -1,8 +1,8 @@
 """vLLM behind the engine interface, on CPU and GPU.
 
-On a CPU the engine core must live in this process: vLLM's usual split into front end, core and worker processes
-leaves the model one core less to compute on, since the core busy-waits on a queue (measured on 2 cores: half the
-tokens/s). On a GPU vLLM's own default stays.
+On a CPU the engine core must run in this process: vLLM's usual split into front end, core and worker processes
+leaves the model one core less, since the core busy-waits on a queue (measured on 2 cores: half the
+tokens/s). On a GPU vLLM's own default applies.
 """
 
 import asyncio
@@ -17,11 +17,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from owlrec.decoding import DecodingConfig, DraftLimits, engine_arguments
-from owlrec.decoding.controller import DecoderCounters
-from owlrec.decoding.options import is_cpu_build
 from owlrec.errors import EngineError
-from owlrec.generation.engine import (
+from owlrec.generation.engines import (
+    PACKAGED,
     Completion,
     Engine,
     EngineConfig,
@@ -29,25 +27,31 @@ from owlrec.generation.engine import (
     RequestRefused,
     SamplingConfig,
     check_length,
+    load_tokenizer,
+    model_identity,
+    render_chat,
+    resolve_model,
 )
-from owlrec.generation.models import PACKAGED, load_tokenizer, model_identity, render_chat, resolve_model
+from owlrec_decoding import DecodingConfig, DraftLimits, VllmError, engine_arguments
+from owlrec_decoding.controller import DecoderCounters
+from owlrec_decoding.options import is_cpu_build
 
 # -------------------------------------------------------------------------------------------------------- vllm stepping
-# One thread steps a vllm.LLMEngine, any number of callers await their rows.
+# One thread steps a vllm.LLMEngine; any number of callers await their rows.
 #
-# A row whose caller has given up is dropped: a ranking that missed its deadline must not delay the next.
+# A row whose caller has given up is dropped: a ranking past its deadline must not delay the next.
 
 
-_COUNT_EVERY_S = 1.0  # in a full batch some row ends at most steps; asking each time would cost more than it tells
+_COUNT_EVERY_S = 1.0  # in a full batch a row ends at most steps; reading counts each time costs too much
 
 
 @dataclass
-class Answer:
-    """Of one request."""
+class EngineAnswer:
+    """Answer to one request."""
 
     output: Any  # vLLM's CompletionOutput
-    counts: tuple[int, int, int]  # tokens drafted, accepted, and accepted by the relaxed rule alone
-    cached_tokens: int  # of the prompt, that were not computed again
+    counts: tuple[int, int, int]  # tokens drafted, accepted, and accepted only by the relaxed rule
+    cached_tokens: int  # prompt tokens reused from the cache
 
 
 @dataclass
@@ -55,16 +59,16 @@ class _Pending:
     prompt_token_ids: list[int]
     params: Any
     adapter: str | None
-    future: asyncio.Future[Answer]
+    future: asyncio.Future[EngineAnswer]
     loop: asyncio.AbstractEventLoop
 
 
 class Stepping:
-    """The thread, and the engine that lives in it."""
+    """The thread, and the engine inside it."""
 
     def __init__(self, start: Callable[[], Any], *, drafts: bool) -> None:
-        """start: makes the engine; what it raises is raised here. drafts: whether the engine has the retrieval decoder,
-        whose counts are then asked for.
+        """start: builds the engine; its exceptions are raised here. drafts: whether the engine has the retrieval
+        decoder, whose counts are then read.
         """
         self.counters: DecoderCounters | None = None
         self._start, self._drafts = start, drafts
@@ -80,20 +84,20 @@ class Stepping:
         if self._fatal is not None:
             raise self._fatal
 
-    async def ask(self, token_ids: Sequence[int], params: Any, adapter: str | None = None) -> Answer:
-        """The answer to a prompt. params: vLLM's SamplingParams. adapter: a LoRA folder.
+    async def ask(self, token_ids: Sequence[int], params: Any, adapter: str | None = None) -> EngineAnswer:
+        """Answers a prompt. params: vLLM's SamplingParams. adapter: a LoRA folder.
 
-        Raises RequestRefused where vLLM will not take the request, EngineStopped where vLLM itself has failed.
+        Raises RequestRefused if vLLM does not accept the request, and EngineStopped if vLLM itself has failed.
         """
         if self._fatal is not None:
             raise EngineStopped(f"vLLM has stopped: {self._fatal}")
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer] = loop.create_future()
+        future: asyncio.Future[EngineAnswer] = loop.create_future()
         self._inbox.put(_Pending(list(token_ids), params, adapter, future, loop))
         return await future
 
     def close(self) -> None:
-        """Ends the thread after what is in flight, and the engine with it."""
+        """Finishes requests in flight, then stops the thread and the engine."""
         if not self._closing:
             self._closing = True
             self._inbox.put(None)
@@ -119,6 +123,8 @@ class Stepping:
                     _resolve(late, EngineStopped(f"vLLM has stopped: {error}"))
 
     def _step_until_closed(self, engine: Any, waiting: dict[str, _Pending]) -> None:
+        from vllm.exceptions import VLLMClientError
+
         counter, counted = 0, 0.0
         adapters: dict[str, Any] = {}
         while True:
@@ -134,7 +140,10 @@ class Stepping:
                     lora = _lora_request(pending.adapter, adapters)
                     engine.add_request(name := str(counter), prompt, pending.params, lora_request=lora)
                     waiting[name] = pending
-                except ValueError as error:  # this request only: a length or an option that vLLM refuses
+                except (
+                    ValueError,
+                    VLLMClientError,
+                ) as error:  # only this request: a length or option that vLLM refuses
                     _resolve(pending, RequestRefused(f"vLLM refused the request: {error}"))
             if given_up := [name for name, pending in waiting.items() if pending.future.cancelled()]:
                 engine.abort_request(given_up)
@@ -152,12 +161,12 @@ class Stepping:
                     counted = time.monotonic()
             for output in finished:
                 counted_tokens = counts.get(output.request_id, (0, 0, 0))
-                answer = Answer(output.outputs[0], counted_tokens, output.num_cached_tokens or 0)
+                answer = EngineAnswer(output.outputs[0], counted_tokens, output.num_cached_tokens or 0)
                 _resolve(waiting.pop(output.request_id), answer)
 
 
 def _lora_request(folder: str | None, known: dict[str, Any]) -> Any:
-    """vLLM's name of an adapter: the same for the same folder, since prefixes are kept by it."""
+    """vLLM's name of an adapter: the same for the same folder, since cached prefixes depend on it."""
     if folder is None:
         return None
     from vllm.lora.request import LoRARequest
@@ -181,8 +190,8 @@ def _resolve(pending: _Pending, result: Any) -> None:
 
 
 _REMEMBERED_COUNTS = 1 << 16
-# vllm.EngineArgs that say how fast, on what and how closely watched an engine runs, and shape no answer. What is not
-# listed counts as shaping answers.
+# vllm.EngineArgs for speed, hardware and monitoring, which do not change answers. All others
+# count as changing answers.
 _NAMES = """
     gpu_memory_utilization gpu_memory_utilization_limit kv_cache_memory_bytes block_size num_gpu_blocks_override
     enable_prefix_caching prefix_caching_hash_algo swap_space cpu_offload_gb kv_offloading_size
@@ -202,7 +211,7 @@ _OPERATIONAL = frozenset(_NAMES.split())
 
 
 class VllmEngineConfig(EngineConfig):
-    """How vLLM runs. `engine_args` passes any further vllm.EngineArgs through (quantization, tensor_parallel_size,
+    """vLLM settings. `engine_args` passes any other vllm.EngineArgs through (quantization, tensor_parallel_size,
     enable_lora, …).
     """
 
@@ -214,13 +223,10 @@ class VllmEngineConfig(EngineConfig):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: int = Field(2048, ge=64)
     max_num_seqs: int = Field(128, ge=1)
-    # Compiling takes about a minute at the first start and gains little on a CPU at these batch sizes; None = only on
-    # GPUs.
-    compile: bool | None = None
     threads: int | None = None  # CPU only; None = all cores
     kv_cache_gib: int = Field(
         2, ge=1
-    )  # CPU only; SmolLM2-135M takes 23 kB a token, so 2 GiB holds 128 rows of 700 tokens
+    )  # CPU only; SmolLM2-135M takes 23 kB per token, so 2 GiB holds 128 rows of 700 tokens
     engine_args: dict[str, Any] = {}
 
     def shaping(self) -> dict[str, Any]:
@@ -244,27 +250,30 @@ class VllmEngineConfig(EngineConfig):
 
 @dataclass(frozen=True)
 class NextTokenScores:
-    """scores: logits where the engine's logprobs_mode is raw_logits, log-probabilities where it is vLLM's default."""
+    """scores: logits if the engine's logprobs_mode is raw_logits, log-probabilities in vLLM's default mode."""
 
     scores: tuple[float, ...]
     prompt_tokens: int
-    cached_tokens: int  # of the prompt, that were not computed again
+    cached_tokens: int  # prompt tokens reused from the cache
 
 
 class VllmEngine(Engine):
     """A tokenizer and the thread that steps a vllm.LLMEngine."""
 
     def __init__(self, config: VllmEngineConfig, decoding: DecodingConfig, limits: DraftLimits | None = None) -> None:
-        """Loads the model; takes seconds on a CPU, minutes for a large model. Raises EngineError where it cannot
+        """Loads the model; takes seconds on a CPU, minutes for a large model. Raises EngineError if it cannot
         start.
         """
         if decoding.mode != "off" and "speculative_config" in config.engine_args:
             raise EngineError(
-                f"engine.engine_args.speculative_config and decoding.mode: {decoding.mode} exclude each other. "
+                f"engine.engine_args.speculative_config and decoding.mode: {decoding.mode} cannot be combined. "
                 "Remove one."
             )
         self.config, self.decoding, self.limits = config, decoding, limits
-        self.cpu = is_cpu_build()
+        try:
+            self.cpu = is_cpu_build()
+        except VllmError as error:
+            raise EngineError(str(error)) from None
         self.model = resolve_model(config.model)
         prepare_environment(config, self.cpu)
         try:
@@ -277,7 +286,7 @@ class VllmEngine(Engine):
     async def complete(
         self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
     ) -> Completion:
-        """See Engine.complete. Raises EngineStopped where vLLM itself has failed."""
+        """See Engine.complete. Raises EngineStopped if vLLM itself has failed."""
         token_ids = render_chat(self._tokenizer, system, prompt)
         check_length(len(token_ids), sampling, self.context_tokens)
         answer = await self._stepping.ask(token_ids, self._params(sampling, extra))
@@ -295,11 +304,11 @@ class VllmEngine(Engine):
     async def next_token_scores(
         self, token_ids: Sequence[int], wanted: Sequence[int], adapter: str | None = None
     ) -> NextTokenScores:
-        """What the model makes of each of the tokens `wanted` as the next one, however unlikely it is.
+        """The model's scores of each `wanted` token as the next one, however unlikely.
 
         token_ids: a whole prompt. adapter: a LoRA folder, which the engine reads once: a changed one needs another
-        name. Engines whose decoder drafts know no such scores. Raises RowError where this request fails for good,
-        EngineStopped where vLLM itself has failed.
+        name. Engines whose decoder drafts have no such scores. Raises RowError if this request fails permanently,
+        and EngineStopped if vLLM itself has failed.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -313,36 +322,39 @@ class VllmEngine(Engine):
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         answer = await self._stepping.ask(token_ids, params, adapter)
-        found = answer.output.logprobs[0]
-        return NextTokenScores(tuple(found[token].logprob for token in wanted), len(token_ids), answer.cached_tokens)
+        logprobs = answer.output.logprobs[0]
+        return NextTokenScores(tuple(logprobs[token].logprob for token in wanted), len(token_ids), answer.cached_tokens)
 
     def count_tokens(self, text: str) -> int:
         """Exact; see count_by."""
         return self._count(text)
 
     def close(self) -> None:
-        """Ends the stepping thread after what is in flight; frees the model."""
+        """Finishes requests in flight, stops the stepping thread and frees the model."""
         self._stepping.close()
 
     def _params(self, sampling: SamplingConfig, extra: Mapping[str, Any] | None) -> Any:
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
-        return SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=dict(extra) if extra else None,
-        )
+        try:
+            return SamplingParams(
+                max_tokens=sampling.max_tokens,
+                temperature=sampling.temperature,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args=dict(extra) if extra else None,
+                **sampling.options,  # vLLM checks them
+            )
+        except (TypeError, VLLMClientError) as error:
+            raise EngineError(f"sampling.options: vLLM does not take them ({error}). Correct the recipe.") from None
 
     def _start(self) -> Any:
         engine = self._build()
         self._tokenizer = engine.get_tokenizer()
         self._count = count_by(self._tokenizer)
         if not self._tokenizer.chat_template:
-            raise EngineError("its tokenizer has no chat template. Name the instruction-tuned model of the family")
+            raise EngineError("its tokenizer has no chat template. Use the instruction-tuned version of the model")
         self.context_tokens = int(engine.model_config.max_model_len)
         return engine
 
@@ -350,18 +362,18 @@ class VllmEngine(Engine):
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        compile_ = self.config.compile if self.config.compile is not None else not self.cpu
         args: dict[str, Any] = {
             "model": self.model,
             "revision": self.config.revision,
             "dtype": self.config.dtype,
             "max_model_len": self.config.max_model_len,
             "max_num_seqs": self.config.max_num_seqs,
-            "enforce_eager": not compile_,
+            # Compiling takes about a minute at the first start, and gains little on a CPU at these batch sizes.
+            "enforce_eager": self.cpu,
             "disable_log_stats": True,
         }
         if self.cpu:
-            # Prefixes are kept by whole blocks: the CPU default of 128 tokens is longer than the system turn that all
+            # Prefixes are cached in whole blocks: the CPU default of 128 tokens is longer than the system turn that all
             # rows share.
             args["block_size"] = 32
         identity = self.config.model_identity
@@ -374,15 +386,15 @@ class VllmEngine(Engine):
 
 
 def count_by(tokenizer: Any) -> Callable[[str], int]:
-    """What counts tokens, special ones left out. Remembered: most titles stand in many histories."""
+    """Function that counts tokens without special ones. Cached: most titles occur in many histories."""
     return lru_cache(maxsize=_REMEMBERED_COUNTS)(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
 
 
 def prepare_environment(config: VllmEngineConfig, cpu: bool) -> None:
-    """vLLM and its libraries take these from the environment only, and read them at import."""
+    """Sets variables that vLLM and its libraries read only from the environment, on import."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELIZM", "false")
     if os.path.isdir(config.model) or config.model == PACKAGED:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if cpu:

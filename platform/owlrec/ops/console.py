@@ -1,7 +1,7 @@
-"""What stages print: a header, a progress bar with rate and time left, a table at the end.
+"""Console output of stages: a header, a progress bar with rate and time left, a table at the end.
 
-Where the output is not a terminal (a Ray job's log, a file, CI) a bar becomes a plain line every ten seconds at most.
-Texts are printed as they are: titles and messages may hold what rich would take for markup.
+If the output is not a terminal (a Ray job's log, a file, CI), a bar becomes a plain line at most every ten seconds.
+Texts are printed unchanged: titles and messages may contain rich's markup characters.
 """
 
 import json
@@ -26,13 +26,13 @@ _SILENT = ContextVar("silent", default=False)
 
 
 class Advance(Protocol):
-    """Reports progress: `advance(n)`; further counts (`tokens=512`) are summed and shown with their rates."""
+    """Reports progress: `advance(n)`; other counts (`tokens=512`) are summed and shown with their rates."""
 
     def __call__(self, n: int = 1, **extra: int) -> None: ...
 
 
 def stage_header(stage: str, about: str = "") -> None:
-    """Prints where a run stands."""
+    """Prints the header of a stage."""
     console = _console()
     if console.is_terminal:
         console.print()
@@ -47,12 +47,12 @@ def note(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Prints a line that the user should not miss."""
+    """Prints a warning."""
     _console().print(Text(f"  warning: {text}", "yellow"), soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints rows under a title; columns whose values are all numbers stand to the right.
+    """Prints rows under a title; numeric columns are right-aligned.
 
     Floats get four significant digits.
     """
@@ -69,10 +69,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
 def progress(
     description: str, total: int | None, unit: str = "rows", hourly_cost: float | None = None
 ) -> Iterator[Advance]:
-    """Shows progress while its block runs and gives the function to report it with.
+    """Shows progress while its block runs; yields the function to report it.
 
-    total: how many `unit` will come; None where nobody knows. hourly_cost: what the block costs an hour, shown as cost
-    so far. Of the further counts, `steps` is shown as tokens a step.
+    total: expected number of `unit`; None if unknown. hourly_cost: the block's cost per hour, shown as cost
+    so far. Among other counts, `steps` is shown as tokens per step.
     """
     counts = _Counts(description, total, unit, hourly_cost)
     console = _console()
@@ -108,7 +108,7 @@ def progress(
 
 
 class _Counts:
-    """What was done so far, and how fast."""
+    """Work done so far, and its speed."""
 
     def __init__(self, description: str, total: int | None, unit: str, hourly_cost: float | None = None) -> None:
         self.description, self.total, self.unit, self.hourly_cost = description, total, unit, hourly_cost
@@ -123,12 +123,12 @@ class _Counts:
 
     def figures(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-6)
-        of = f"/{self.total:,}" if self.total is not None else ""
-        parts = [f"{self.done:,}{of} {self.unit}", f"{_rate(self.done / seconds)} {self.unit}/s"]
+        out_of = f"/{self.total:,}" if self.total is not None else ""
+        parts = [f"{self.done:,}{out_of} {self.unit}", f"{_rate(self.done / seconds)} {self.unit}/s"]
         extra = {name: value for name, value in self.extra.items() if name != "steps"}
         parts += [f"{value:,} {name} ({_rate(value / seconds)}/s)" for name, value in extra.items()]
         if self.extra.get("steps", 0) > 0 and self.extra["steps"] < extra.get("tokens", 0):
-            parts.append(f"{extra['tokens'] / self.extra['steps']:.2f} tokens a step")
+            parts.append(f"{extra['tokens'] / self.extra['steps']:.2f} tokens per step")
         if self.hourly_cost is not None:
             parts.append(f"cost {self.hourly_cost * seconds / 3600:,.2f}")
         return ", ".join(parts)
@@ -154,7 +154,7 @@ class _CountsColumn(ProgressColumn):
 
 @contextmanager
 def silent(on: bool = True) -> Iterator[None]:
-    """Prints nothing in its block, for callers that are programs. on: False changes nothing."""
+    """Suppresses output in its block, for programs. on: False changes nothing."""
     before = _SILENT.set(on or _SILENT.get())
     try:
         yield
@@ -184,20 +184,20 @@ def _cell(value: object) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ shard log
-# What is told of each finished shard while a stage runs: the progress bar moves, and a log gets a line of JSON, which
-# `tail -f` shows of a batch that runs for days.
+# Output per finished shard: the progress bar moves, and a log gets a line of JSON, which
+# `tail -f` can follow during a batch that runs for days.
 
 
 class ShardWatch:
-    """Call it with each card. Losing the log loses nothing: the cards hold the same figures."""
+    """Call it with each card. Losing the log is harmless: the cards have the same figures."""
 
     def __init__(self, advance: Advance, log: Path, rows: Mapping[str, int] | None = None) -> None:
-        """rows: how many rows each shard's work is, by its name; those that it wrote where that is not known."""
+        """rows: each shard's work in rows, by name; for others, the rows written."""
         self._advance, self._log, self._rows = advance, log, rows or {}
 
     def __call__(self, card: Card) -> None:
         tokens = int(card.counts.get("output_tokens", 0))
-        # Each accepted draft token saved a step of its row, so that a row took as many steps as it has other tokens.
+        # Each accepted draft token saved a step of its row, so a row took as many steps as it has other tokens.
         steps = tokens - int(card.counts.get("accepted", 0))
         self._advance(self._rows.get(card.shard, card.rows_in), tokens=tokens, steps=steps, dead=card.rows_dead)
         line = {
@@ -205,5 +205,5 @@ class ShardWatch:
             **card.model_dump(include={"stage", "shard", "rows_in", "rows_out", "rows_dead", "seconds", "worker"}),
             **{name: n for name, n in card.counts.items() if not isinstance(n, str)},
         }
-        with suppress(OSError), self._log.open("a", encoding="utf-8") as file:  # a full disk ends the job elsewhere
+        with suppress(OSError), self._log.open("a", encoding="utf-8") as file:  # a full disk stops the job elsewhere
             file.write(json.dumps(line) + "\n")

@@ -1,9 +1,9 @@
-"""What a large batch would cost: rows x tokens per row / measured speed x price, each with a range.
+"""Cost estimates for a large batch: rows x tokens per row / measured speed x price, each with a range.
 
-`Workload` is what one row took in a finished run: tokens, bytes and seconds of `generate`, `encode` and `publish`, read
-from the cards of their shards. `FleetConfig` is the user's machines and prices; no figure of any machine is built in.
-A range covers the spread between the measured shards (`per_row` says how) and nothing else: that the rows to come are
-like the measured ones is the user's assumption.
+`Workload` has a row's costs in a finished run: tokens, bytes and seconds of `generate`, `encode` and `publish`, read
+from the cards of their shards. `FleetConfig` has the user's machines and prices; no machine's figures are built in.
+A range covers only the spread between the measured shards (see `per_row`): the user assumes that future rows
+resemble the measured ones.
 """
 
 import time
@@ -18,27 +18,27 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from owlrec.config import Config
-from owlrec.decoding.controller import DecoderCounters
 from owlrec.encoding.stage import TIMED_SECONDS, TIMED_TEXTS
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
 from owlrec.generation.job import decoder_counters
+from owlrec.ids import BEHAVIOR, KINDS
 from owlrec.ops.console import note, table, warn
 from owlrec.refresh.state import pointer, read_state
-from owlrec.releases.manifest import read_manifest
-from owlrec.schema import BEHAVIOR, KINDS
+from owlrec.releases.format import read_manifest
 from owlrec.shards import Artifact, Card, Shard, finished_stage
 from owlrec.workspace import Workspace
+from owlrec_decoding.controller import DecoderCounters
 
 Range = np.ndarray  # float64 [3]: low, expected, high
-TextKind = Literal["user", "item", "cohort", "refresh"]  # what a text is about; refresh: a user who has moved on
-Texts = Mapping[TextKind, int]  # how many of each kind
+TextKind = Literal["user", "item", "cohort", "refresh"]  # subject of a text; refresh: a user with new behaviors
+Texts = Mapping[TextKind, int]  # number per kind
 Policy = Literal["individual", "collective", "streaming"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 _EXPECTED = 1
 _NONE = np.zeros(3)
-_ONE_SHARD_FACTOR = 2.0  # a single shard shows no spread: from half to double is a guess, and looks like one
-_MEMBERSHIP_BYTES = 40  # of an id in a release: key, two cohorts of 8 bytes, LMDB's header and slack
+_ONE_SHARD_FACTOR = 2.0  # a single shard has no spread: half to double is an obvious guess
+_MEMBERSHIP_BYTES = 40  # per id in a release: key, two cohorts of 8 bytes, LMDB's header and slack
 _HOURS_PER_MONTH = 730
 
 # ------------------------------------------------------------------------------------------------------- measured run
@@ -46,54 +46,54 @@ _HOURS_PER_MONTH = 730
 
 @dataclass(frozen=True)
 class TextFigures:
-    """What one text of a kind took, failed rows included."""
+    """Cost of one text of a kind, including failed rows."""
 
-    rows: int  # that were measured
+    rows: int  # measured
     prompt_tokens: Range
     output_tokens: Range
-    engine_s: Range  # of one engine that does nothing else
+    engine_s: Range  # of one otherwise idle engine
     file_bytes: Range  # in the knowledge files
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a finished run measured; None where it did not get that far."""
+    """Measurements of a finished run; None if it did not get that far."""
 
     run: str  # the job's folder in the workspace
     finished: float  # seconds since 1970
     texts: Mapping[TextKind, TextFigures]
-    shard_rows: int  # of the recipe, for the large batch as well
-    in_flight: int = 1  # shards of an engine, as many as fill its batch; a preemption loses half of each, on average
-    startup_s: float | None = None  # until an engine began its first shard; None where the run was interrupted
-    plain_factor: float = 1.0  # an engine's time without the decoder, over what it was
+    shard_rows: int  # of the recipe; also used for the large batch
+    in_flight: int = 1  # shards per engine, enough to fill its batch; a preemption loses half of each, on average
+    startup_s: float | None = None  # until an engine started its first shard; None if the run was interrupted
+    plain_factor: float = 1.0  # an engine's time without the decoder / its measured time
     encode_s: Range | None = None  # of one worker, per text
     publish_s: Range | None = None  # of one worker, per id
     vector_bytes: Range | None = None  # per text
-    release_bytes: Range | None = None  # per id with a text of its own
-    behavior_bytes: float = 0.0  # in a release, per user, at most
-    texts_per_user: float = 1.0  # one for each moment at which `prepare` cuts a history
+    release_bytes: Range | None = None  # per id with its own text
+    behavior_bytes: float = 0.0  # maximum per user in a release
+    texts_per_user: float = 1.0  # one per moment at which `prepare` cuts a history
     cohorts_per_user: float | None = None
     cohorts_per_item: float | None = None
     texts_per_cohort: float = 1.0
     acting_share: float | None = None  # of the users, before the last refresh
-    texts_per_acting: float | None = None  # that the last refresh asked for
+    texts_per_acting: float | None = None  # in the last refresh
 
     @property
     def measured(self) -> str:
-        """How many rows are behind the figures, and of when, in words."""
-        rows = ", ".join(f"{f.rows:,} {'renewal' if kind == 'refresh' else kind}s" for kind, f in self.texts.items())
+        """Number and date of the measured rows, in words."""
+        rows = ", ".join(f"{f.rows:,} {'rewrite' if kind == 'refresh' else kind}s" for kind, f in self.texts.items())
         return f"{rows} (finished {time.strftime('%Y-%m-%d %H:%M', time.localtime(self.finished))})"
 
     def total(self, figure: str, texts: Texts) -> Range:
-        """A figure of `TextFigures` times the texts."""
+        """A figure of `TextFigures` times the number of texts."""
         return sum((n * getattr(self.texts[kind], figure) for kind, n in texts.items() if n), _NONE)
 
     def shards(self, texts: Texts) -> int:
-        """How many shards so many texts are."""
+        """Number of shards for these texts."""
         return sum(-(-n // self.shard_rows) for n in texts.values())
 
     def without_decoder(self) -> "Workload":
-        """The same on engines that draft nothing."""
+        """The same on engines without drafts."""
         slower = {kind: replace(f, engine_s=f.engine_s * self.plain_factor) for kind, f in self.texts.items()}
         return replace(self, texts=slower)
 
@@ -102,8 +102,8 @@ def per_row(sums: np.ndarray, rows: np.ndarray) -> Range:
     """Sum of `sums` over sum of `rows`, and a range from the spread between shards.
 
     sums, rows: float64 [n shards]. With r the ratio, its standard error is that of a ratio estimator, e = std(sums - r
-    rows) / (sqrt(n) mean(rows)). The range is r / f to r f with f = 1 + 2 e / r, which never reaches 0; f is 2 where
-    there is but one shard.
+    rows) / (sqrt(n) mean(rows)). The range is r / f to r f with f = 1 + 2 e / r, which never reaches 0; f is 2 if
+    there is only one shard.
     """
     ratio, factor = sums.sum() / rows.sum(), _ONE_SHARD_FACTOR
     if len(sums) > 1 and ratio > 0:
@@ -112,10 +112,10 @@ def per_row(sums: np.ndarray, rows: np.ndarray) -> Range:
 
 
 def engine_seconds(cards: Sequence[Card]) -> np.ndarray:
-    """Time of its engine that each shard took, float64 [n shards]; the sum over an engine is the time it was at work.
+    """Engine time of each shard, float64 [n shards]; the sum over an engine is its working time.
 
-    An engine answers in the order of asking, so a shard took the time since the engine's shard before it was done, but
-    never more than its own seconds: the pause of an interrupted run belongs to no shard.
+    An engine answers in request order, so a shard took the time since the engine's previous shard finished, but
+    never more than its own seconds: a pause of an interrupted run belongs to no shard.
     """
     seconds, before = np.zeros(len(cards)), defaultdict[str, float](lambda: -np.inf)
     for i in sorted(range(len(cards)), key=lambda i: cards[i].finished):
@@ -125,9 +125,9 @@ def engine_seconds(cards: Sequence[Card]) -> np.ndarray:
 
 
 def measured_workload(workspace: Workspace, shard_rows: int, in_flight: int = 1) -> Workload:
-    """Figures of the workspace's finished run, and of the refreshes after it. shard_rows, in_flight: see Workload.
+    """Figures of the workspace's finished run and of later refreshes. shard_rows, in_flight: see Workload.
 
-    Raises WorkspaceError where no generation run has finished, or it wrote no tokens.
+    Raises WorkspaceError if no generation run has finished, or it wrote no tokens.
     """
     stage = finished_stage(workspace, "generate")
     if stage is None:
@@ -140,16 +140,18 @@ def measured_workload(workspace: Workspace, shard_rows: int, in_flight: int = 1)
     seconds = engine_seconds(cards)
     texts = {}
     for kind in get_args(TextKind):
-        of = [i for i, c in enumerate(cards) if (Shard.of_name(c.shard).kind if i < len(run) else "refresh") == kind]
-        if any(_count(cards[i], "output_tokens") for i in of):
-            texts[kind] = _text_figures([cards[i] for i in of], seconds[of])
+        places = [
+            i for i, c in enumerate(cards) if (Shard.from_name(c.shard).kind if i < len(run) else "refresh") == kind
+        ]
+        if any(_count(cards[i], "output_tokens") for i in places):
+            texts[kind] = _text_figures([cards[i] for i in places], seconds[places])
     if not texts.keys() & KINDS:
         raise WorkspaceError(
             f"{workspace.path(folder)}: the run wrote no tokens. Run a recipe with a real model first."
         )
     steps = [sums for sums in (decoder_counters(run) or DecoderCounters()).by_rows.values() if sums.seconds]
     encoded, published = finished_stage(workspace, "encode"), finished_stage(workspace, "publish")
-    # Vectors of metadata are a control of experiments, and not counted.
+    # Vectors of metadata are an experimental control and not counted.
     names = [f"knowledge-{kind}" for kind in KINDS]
     vectors = _cards(workspace, "encode", encoded.outputs["vectors"], *names) if encoded else []
     parts = _cards(workspace, "publish", f"releases/{published.outputs['release']}", "part") if published else []
@@ -187,7 +189,7 @@ def _bytes(card: Card) -> float:
 
 
 def _ratio(cards: list[Card], amount: Callable[[Card], float], rows: Callable[[Card], float]) -> Range | None:
-    """The amount per row, of those cards that have rows."""
+    """Amount per row, over cards with rows."""
     pairs = np.array([(amount(card), rows(card)) for card in cards if rows(card)])
     return per_row(*pairs.T) if len(pairs) else None
 
@@ -196,7 +198,7 @@ def _text_figures(cards: list[Card], seconds: np.ndarray) -> TextFigures:
     names = ("rows_asked", "prompt_tokens", "output_tokens")
     asked, prompt, output = (np.array([_count(card, name) for card in cards]) for name in names)
     rows = np.array([float(card.rows_in) for card in cards])
-    size = np.array([float(card.files[Shard.of_name(card.shard).file()].bytes) for card in cards])
+    size = np.array([float(card.files[Shard.from_name(card.shard).file()].bytes) for card in cards])
     figures = (per_row(prompt, asked), per_row(output, asked), per_row(seconds, asked), per_row(size, rows))
     return TextFigures(int(rows.sum()), *figures)
 
@@ -211,7 +213,7 @@ def _startup(stage: Card, cards: list[Card]) -> float | None:
 
 
 def _population(workspace: Workspace, cohort_texts: int, release: str) -> dict[str, Any]:
-    """Fields of `Workload` on users: their texts, cohorts and behaviors, and who acted before the last refresh."""
+    """Fields of `Workload` about users: texts, cohorts, behaviors, and users active before the last refresh."""
     stages = [finished_stage(workspace, "prepare"), finished_stage(workspace, "cohorts")]
     counts = {name: n for stage in stages if stage for name, n in stage.counts.items() if isinstance(n, int | float)}
     users, figures = counts.get("users", 0), dict[str, Any]()
@@ -236,36 +238,36 @@ def _population(workspace: Workspace, cohort_texts: int, release: str) -> dict[s
 
 
 class FleetGroup(Config):
-    """Machines of one sort that run engines. For engines that run on no GPU, read `gpu` as machine."""
+    """Machines of one type that run engines. For engines without a GPU, read `gpu` as machine."""
 
     name: str
     accelerator: str  # free text
     gpus: int = Field(ge=1)
     gpus_per_engine: int = Field(1, ge=1)
     price_per_gpu_hour: float = Field(ge=0)  # in the user's own currency
-    on_demand_price_per_gpu_hour: float | None = Field(None, ge=0)  # of spot machines, to show what they save
-    # Output of one engine at full batch, prompts included; None = as fast as an engine of the measured run.
+    on_demand_price_per_gpu_hour: float | None = Field(None, ge=0)  # for spot machines, to show their savings
+    # Output of one engine at full batch, including prompts; None = as fast as an engine of the measured run.
     tokens_per_s: float | None = Field(None, gt=0)
-    prefill_tokens_per_s: float | None = Field(None, gt=0)  # of prompts, where tokens_per_s does not include them
-    preemption_rate_per_hour: float = Field(0, ge=0)  # of one engine
-    provision_s: float = Field(0, ge=0)  # until the cloud gives a machine that was asked for; not paid
-    # From a machine to an engine that has loaded its model; paid. None = as measured, for engines as in the measured
+    prefill_tokens_per_s: float | None = Field(None, gt=0)  # of prompts, if tokens_per_s excludes them
+    preemption_rate_per_hour: float = Field(0, ge=0)  # per engine
+    provision_s: float = Field(0, ge=0)  # from the request for a machine to its start; not billed
+    # From a machine's start to a loaded engine; billed. None = as measured for engines in the measured
     # run; 0 for others.
     startup_s: float | None = Field(None, ge=0)
-    idle_timeout_s: float = Field(0, ge=0)  # before the autoscaler gives back a machine without work; paid
+    idle_timeout_s: float = Field(0, ge=0)  # until the autoscaler stops an idle machine; billed
 
     @property
     def engines(self) -> int:
-        """How many engines the group runs."""
+        """Number of engines in the group."""
         return self.gpus // self.gpus_per_engine
 
     def starts_in(self, workload: Workload) -> float:
-        """Seconds of `startup_s`, measured where none are given."""
+        """`startup_s` in seconds; the measured value by default."""
         measured = None if self.tokens_per_s else workload.startup_s
         return self.startup_s if self.startup_s is not None else measured or 0.0
 
     def seconds(self, workload: Workload, texts: Texts) -> Range:
-        """Time of one engine for all the texts; fast is low."""
+        """Time of one engine for all texts; fast is low."""
         if not self.tokens_per_s:
             return workload.total("engine_s", texts)
         reading = workload.total("prompt_tokens", texts) / (self.prefill_tokens_per_s or np.inf)
@@ -274,7 +276,9 @@ class FleetGroup(Config):
     @model_validator(mode="after")
     def _consistent(self) -> "FleetGroup":
         if self.gpus % self.gpus_per_engine:
-            raise ValueError(f"{self.gpus} gpus cannot be divided into engines of {self.gpus_per_engine}; change one")
+            raise ValueError(
+                f"{self.gpus} GPUs cannot be split into engines of {self.gpus_per_engine}; change one of them"
+            )
         if self.prefill_tokens_per_s and not self.tokens_per_s:
             raise ValueError("prefill_tokens_per_s needs tokens_per_s; the measured speed includes prompts")
         return self
@@ -285,33 +289,33 @@ class StageWorkers(Config):
 
     workers: int = Field(1, ge=1)
     price_per_worker_hour: float = Field(ge=0)
-    rows_per_s: float | None = Field(None, gt=0)  # of one worker; None = as measured
+    rows_per_s: float | None = Field(None, gt=0)  # per worker; None = as measured
 
 
 class ServingNodes(Config):
-    """Machines that answer requests. Each holds whole releases on its own disk."""
+    """Machines that answer requests. Each has whole releases on its own disk."""
 
     requests_per_s: float = Field(gt=0)  # in the busiest hour
-    requests_per_s_per_replica: float = Field(gt=0)  # the most that one took in `benchmarks.serving` or your own test
-    load_share: float = Field(0.5, gt=0, le=1)  # of that most; latency grows with it
+    requests_per_s_per_replica: float = Field(gt=0)  # maximum of one replica in `benchmarks.serving` or your own test
+    load_share: float = Field(0.5, gt=0, le=1)  # target share of that maximum; latency grows with it
     replicas_per_node: int = Field(1, ge=1)
     price_per_node_hour: float = Field(ge=0)
-    releases_per_node: int = Field(2, ge=1)  # the current one, and the next, which is copied before the switch
+    releases_per_node: int = Field(2, ge=1)  # the current one and the next one, copied before the switch
     disk_price_per_gib_month: float = Field(0, ge=0)
 
 
 class Assumptions(Config):
-    """What to plan with in place of what was measured."""
+    """Values that replace measured ones."""
 
     prompt_tokens: dict[TextKind, float] = {}  # per text
     output_tokens: dict[TextKind, float] = {}
 
     def applied(self, workload: Workload) -> Workload:
-        """The figures with these in their place; a text's engine time and bytes follow its output."""
+        """The figures with these replacements; a text's engine time and bytes follow its output."""
         texts = dict(workload.texts)
         for kind in self.prompt_tokens.keys() | self.output_tokens.keys():
             if kind not in texts:
-                raise RecipeError(f"assume: tokens of a {kind}, but {workload.measured} were measured. Leave it out.")
+                raise RecipeError(f"assume: tokens of a {kind}, but {workload.measured} were measured. Remove it.")
             old = texts[kind]
             prompt = self.prompt_tokens.get(kind, old.prompt_tokens[_EXPECTED])
             output = self.output_tokens.get(kind, old.output_tokens[_EXPECTED])
@@ -323,23 +327,23 @@ class Assumptions(Config):
 
 
 class FleetConfig(Config):
-    """The machines to plan for; all groups generate together."""
+    """The machines of a plan; all groups generate together."""
 
     groups: list[FleetGroup] = Field(min_length=1)
     encode: StageWorkers | None = None
     publish: StageWorkers | None = None
     serving: ServingNodes | None = None
-    storage_price_per_gib_month: float = Field(0, ge=0)  # of the workspace
+    storage_price_per_gib_month: float = Field(0, ge=0)  # for the workspace
     assume: Assumptions = Assumptions()
 
     @model_validator(mode="after")
     def _named(self) -> "FleetConfig":
         if len({group.name for group in self.groups}) < len(self.groups):
-            raise ValueError("two groups have the same name; give each its own, since figures are listed by it")
+            raise ValueError("two groups have the same name; figures are listed by name, so make names unique")
         return self
 
     def on_demand(self) -> "FleetConfig":
-        """The fleet on machines that nobody takes away, at their price where one is given."""
+        """The fleet on on-demand machines, at their price if given."""
         groups = []
         for group in self.groups:
             price = group.on_demand_price_per_gpu_hour
@@ -349,13 +353,13 @@ class FleetConfig(Config):
 
 
 def load_fleet(path: str | Path) -> FleetConfig:
-    """Reads a fleet file. Raises RecipeError, which lists every mistake with its key."""
+    """Reads a fleet file. Raises RecipeError with every error and its key."""
     try:
         return FleetConfig.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}). cluster/fleet-example.yaml shows one.") from None
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}). See cluster/fleet-example.yaml.") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct it there.") from None
+        raise RecipeError(f"{path}: not valid YAML ({' '.join(str(error).split())}). Correct it.") from None
     except ValidationError as error:
         raise RecipeError(f"{path}:\n" + "\n".join(f"  {_explain(detail)}" for detail in error.errors())) from None
 
@@ -373,47 +377,47 @@ def _explain(mistake: Any) -> str:
 
 
 class Horizon(Config):
-    """What is planned for: a first full run, and refreshes after it."""
+    """Scope of a plan: a first full run, and refreshes after it."""
 
     users: int = Field(0, ge=0)
     items: int = Field(0, ge=0)
     refreshes: int = Field(0, ge=0)
     acting_share: float | None = Field(None, ge=0, le=1)  # of the users, between two refreshes; None = as measured
     cohorts: int | None = Field(None, ge=1)  # None = in proportion to users and items, as in the measured run
-    renewed_share: float = Field(1.0, ge=0, le=1)  # of the cohorts, asked about again at a refresh: at worst all
+    renewed_share: float = Field(1.0, ge=0, le=1)  # of the cohorts, regenerated at each refresh: at worst all
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Texts to generate, and what a release then holds."""
+    """Texts to generate, and the resulting size of a release."""
 
-    first: Texts  # of the full run
+    first: Texts  # in the full run
     per_refresh: Texts = field(default_factory=dict)
     refreshes: int = 0
-    ids: int = 0  # with a text of their own
-    members: Mapping[str, int] = field(default_factory=dict)  # users and items that are known by their cohorts alone
+    ids: int = 0  # with their own text
+    members: Mapping[str, int] = field(default_factory=dict)  # users and items with only cohort texts
 
     @property
     def texts(self) -> dict[TextKind, int]:
-        """Of all runs; a kind without any is left out."""
+        """Texts of all runs; kinds without any are left out."""
         total = {k: self.first.get(k, 0) + self.refreshes * self.per_refresh.get(k, 0) for k in get_args(TextKind)}
         return {kind: n for kind, n in total.items() if n}
 
 
 def demand(policy: Policy, horizon: Horizon, workload: Workload) -> Demand:
-    """What a policy asks of the LLM.
+    """LLM calls of a policy.
 
-    individual: a text for every user and item; active users are asked about again, with the whole prompt (a prompt that
-    stays the same keeps its text). collective: a text for every cohort (REKI), again where its members have changed.
+    individual: a text for every user and item; active users get a new one from the whole prompt (an unchanged prompt
+    keeps its text). collective: a text for every cohort (REKI), and a new one when its members have changed.
     streaming: texts for all at first, then a rewrite from the new behaviors of users whose interests moved (LIBER).
-    Raises RecipeError where the measured run lacks what the policy needs.
+    Raises RecipeError if the measured run lacks data that the policy needs.
     """
     if policy == "collective":
         shares = workload.cohorts_per_user, workload.cohorts_per_item
         if "cohort" not in workload.texts or (horizon.cohorts is None and None in shares):
             raise RecipeError(
-                "collective: the measured run wrote no texts of cohorts. Add `cohorts: {}` and `prompts: {mode: both}` "
-                "to its recipe and run it again."
+                "collective: the measured run wrote no cohort texts. Add `cohorts: {}` and `prompts: {mode: "
+                "both}` to its recipe and run it again."
             )
         proportional = round(horizon.users * (shares[0] or 0)) + round(horizon.items * (shares[1] or 0))
         cohorts = horizon.cohorts or proportional
@@ -427,8 +431,8 @@ def demand(policy: Policy, horizon: Horizon, workload: Workload) -> Demand:
     share = horizon.acting_share if horizon.acting_share is not None else workload.acting_share
     if share is None:
         raise RecipeError(
-            "what share of the users acts between two refreshes? Give it (--acting-share 0.02), or run `owlrec "
-            "refresh` once on the measured run."
+            "the share of users active between two refreshes is unknown. Set --acting-share (such as 0.02), "
+            "or run `owlrec refresh` once on the measured run."
         )
     acting = round(share * horizon.users)
     if policy == "individual":
@@ -443,29 +447,29 @@ def demand(policy: Policy, horizon: Horizon, workload: Workload) -> Demand:
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """A whole job, and keeping and serving what it makes."""
+    """Estimate of a whole job, and of storing and serving its output."""
 
     texts: Mapping[TextKind, int]
     shards: int
-    figures: Mapping[str, Range]  # of each stage: hours, and cost in the fleet file's currency; what lacks is left out
+    figures: Mapping[str, Range]  # per stage: hours, and cost in the fleet file's currency; missing ones are left out
 
     def expected(self, figure: str) -> float:
-        """The middle of a figure's range."""
+        """Middle of a figure's range."""
         return float(self.figures[figure][_EXPECTED])
 
 
 def estimate_cost(workload: Workload, fleet: FleetConfig, needed: Demand) -> CostEstimate:
-    """What the texts take; low and high push all uncertain figures one way at once.
+    """Estimates the cost of the texts; low and high push all uncertain figures in one direction.
 
-    workload: with `fleet.assume` applied. A refresh is taken to publish its texts alone, without behaviors.
-    Raises RecipeError where nothing is asked for, a kind was not measured, or preemptions outrun the work.
+    workload: with `fleet.assume` applied. A refresh is assumed to publish only its texts, without behaviors.
+    Raises RecipeError if nothing is planned, a kind was not measured, or preemptions outrun the work.
     """
     texts = needed.texts
     if not texts or min(texts.values()) < 0 or texts.keys() - workload.texts.keys():
         asked = " and ".join(f"{n} of {kind}" for kind, n in (texts or needed.first).items())
         raise RecipeError(
-            f"texts ({asked}) cannot be planned from a run that measured {workload.measured}. Ask for rows of measured "
-            "kinds, or run what is missing on a small scale first."
+            f"texts ({asked}) cannot be planned from a run that measured {workload.measured}. Plan only "
+            "measured kinds, or first run the missing ones on a small scale."
         )
     ids = needed.ids + sum(needed.members.values()) + needed.refreshes * sum(needed.per_refresh.values())
     figures = {f"{name} tokens": workload.total(f"{name}_tokens", texts) for name in ("prompt", "output")}
@@ -483,7 +487,7 @@ def estimate_cost(workload: Workload, fleet: FleetConfig, needed: Demand) -> Cos
 
 
 def _generate(workload: Workload, groups: Sequence[FleetGroup], needed: Demand) -> dict[str, Range]:
-    """All runs of `generate`, each on machines that start again."""
+    """All runs of `generate`, each on newly started machines."""
     wall, paid, lost = np.zeros(3), np.zeros((len(groups), 3)), np.zeros((len(groups), 3))
     for texts, times in ((needed.first, 1), (needed.per_refresh, needed.refreshes)):
         if times and (shards := workload.shards(texts)):
@@ -509,16 +513,16 @@ def _generate(workload: Workload, groups: Sequence[FleetGroup], needed: Demand) 
 def schedule(
     groups: Sequence[FleetGroup], startup: np.ndarray, seconds: np.ndarray, shards: int, in_flight: int
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Hands the shards of a run out one after another to whichever engine is free, as Ray Data does.
+    """Assigns the shards of a run one after another to free engines, like Ray Data.
 
     startup: seconds, float64 [groups]. seconds: float64 [groups], of one engine of the group for all the work.
-    Returns the run's seconds; those that each engine of a group is paid for, float64 [groups]; and the share of them
-    that goes to preempted work and to starts after preemptions, float64 [groups].
-    Each engine first waits for its machine and starts. When no shard is left to begin, an engine has half a shard to do
-    on average, and the last one is done when a shard of the slowest group is. A group that would start later than that
-    gets no work. Raises RecipeError where a group loses work faster than it does it.
+    Returns the run's seconds; the paid seconds of each engine of a group, float64 [groups]; and the share of them
+    spent on preempted work and on starts after preemptions, float64 [groups].
+    Each engine first waits for its machine and starts. When no shards are left to start, an engine has half a shard
+    left on average, and the run ends when a shard of the slowest group does. A group that would start later than that
+    gets no work. Raises RecipeError if a group loses work faster than it finishes it.
     """
-    shard_s = in_flight * seconds / shards  # from a shard's beginning to its end
+    shard_s = in_flight * seconds / shards  # from a shard's start to its end
     engines, provision, rate, idle = (
         np.array([getattr(group, name) for group in groups])
         for name in ("engines", "provision_s", "preemption_rate_per_hour", "idle_timeout_s")
@@ -528,20 +532,20 @@ def schedule(
     if lost.max() >= 1:
         worst = int(lost.argmax())
         raise RecipeError(
-            f"group '{groups[worst].name}': at {rate[worst]:g} preemptions an hour its engines lose work faster than "
-            f"they do it (a shard takes {shard_s[worst]:,.0f} s). Make shard_rows smaller."
+            f"group '{groups[worst].name}': at {rate[worst]:g} preemptions per hour its engines lose work "
+            f"faster than they finish it (a shard takes {shard_s[worst]:,.0f} s). Make shard_rows smaller."
         )
     speed = engines * (1 - lost) / seconds  # of the whole work per second
     at_work = np.ones(len(groups), dtype=bool)
     while True:
         begun_s = float((1 + (speed * (delay - shard_s / 2))[at_work].sum()) / speed[at_work].sum())
-        begun_s = max(begun_s, float(delay.min()))  # when the last shard is begun
+        begun_s = max(begun_s, float(delay.min()))  # start of the last shard
         late = at_work & (delay > begun_s)
         if not late.any():
             break
         at_work &= ~late
     wall_s = begun_s + float((shard_s * (1 - 1 / (2 * in_flight * engines)))[at_work].max())
-    # A machine that is being replaced is not paid for until it is there.
+    # A machine that is being replaced is not billed until the replacement starts.
     there = (begun_s + shard_s / 2 - provision) * (1 - rate / 3600 * provision)
     return wall_s, np.where(at_work, there + idle, 0.0), lost
 
@@ -560,7 +564,7 @@ def _stage(name: str, workers: StageWorkers | None, rows: int, row_s: Range | No
 
 
 def _stored_gib(workload: Workload, needed: Demand) -> dict[str, Range]:
-    """By artifact, once all is compacted: a refresh's text takes the place of one that is there."""
+    """By artifact, after compaction: a refresh's text replaces an existing one."""
     kept: Texts = {kind: n for kind, n in needed.first.items() if kind != "refresh"}
     size = {"knowledge": workload.total("file_bytes", kept)}
     if workload.vector_bytes is not None:
@@ -580,7 +584,7 @@ def _serving(given: ServingNodes, release_gib: Range) -> dict[str, Range]:
     return {
         "serving: replicas": np.full(3, replicas),
         "serving: nodes": np.full(3, nodes),
-        "serving: release files of a node, GiB": disk,
+        "serving: release files per node, GiB": disk,
         "serving: cost per month": nodes * per_node,
     }
 
@@ -589,31 +593,31 @@ def _serving(given: ServingNodes, release_gib: Range) -> dict[str, Range]:
 
 
 class Saving(NamedTuple):
-    """One way of saving, on top of those before it; the first row is where all begins. Expected values."""
+    """One option's savings, on top of those before it; the first row is the starting point. Expected values."""
 
     name: str
     texts: int
     gpu_hours: float
     cost: float
-    saved: float  # below 0 where it costs more
+    saved: float  # negative if it costs more
 
 
 def savings(
     workload: Workload, fleet: FleetConfig, horizon: Horizon, policy: Policy
 ) -> tuple[list[Saving], CostEstimate]:
-    """What each way saves, and the estimate that they end in.
+    """Savings of each option, and the resulting estimate.
 
-    Begins with all users and items asked about at every refresh, no drafts, on-demand machines. The savings add up to
-    the difference; what one saves depends on those before it, and one that changes nothing is left out. Raises
-    RecipeError as `demand` and `estimate_cost` do.
+    Starts with all users and items regenerated at every refresh, no drafts, on-demand machines. The savings add up to
+    the difference; each depends on those before it, and options without effect are left out. Raises
+    RecipeError like `demand` and `estimate_cost`.
     """
     asked, once = demand(policy, horizon, workload), horizon.model_copy(update={"refreshes": 0})
     everybody: Texts = {"user": horizon.users, "item": horizon.items}
     again = replace(demand("individual", once, workload), per_refresh=everybody, refreshes=horizon.refreshes)
     plain, steady = workload.without_decoder(), fleet.on_demand()
-    ways = [("everything again each time", plain, steady, again)]
+    ways = [("regenerate everything each time", plain, steady, again)]
     if policy != "collective" and horizon.refreshes:
-        ways.append(("texts with the same prompt kept", plain, steady, demand("individual", horizon, workload)))
+        ways.append(("keep texts with unchanged prompts", plain, steady, demand("individual", horizon, workload)))
     ways.append((f"{policy} texts", plain, steady, asked))
     ways += [("retrieval decoder", workload, steady, asked), ("spot machines", workload, fleet, asked)]
     steps: list[Saving] = []
@@ -628,21 +632,21 @@ def savings(
 
 
 def report(workload: Workload, fleet: FleetConfig, horizon: Horizon, policy: Policy) -> dict[str, Any]:
-    """Prints an estimate, the policies beside it, and what saves what; gives every figure, for a JSON file."""
+    """Prints an estimate, a comparison of policies, and the savings; returns every figure for a JSON file."""
     workload = fleet.assume.applied(workload)
     steps, estimate = savings(workload, fleet, horizon, policy)
-    kinds = ", ".join(f"{n:,} {'renewal' if kind == 'refresh' else kind}s" for kind, n in estimate.texts.items())
+    kinds = ", ".join(f"{n:,} {'rewrite' if kind == 'refresh' else kind}s" for kind, n in estimate.texts.items())
     note(
         f"{horizon.users:,} users, {horizon.items:,} items, {policy}, {horizon.refreshes:,} refreshes after a full run"
     )
     rows = [(name, *(float(figure[i]) for i in (1, 0, 2))) for name, figure in estimate.figures.items()]
     table(f"texts: {kinds}", ["estimate", "expected", "low", "high"], rows)
-    note("low and high show the spread between the measured shards, not how rows to come may differ from those")
+    note("low and high show the spread between the measured shards, not differences between those and future rows")
     wanted = ("encode: cost", "publish: cost", "storage: release, GiB", "serving: cost per month")
     if lacking := [name for name in wanted if name not in estimate.figures]:
-        note(f"not measured, or without a price in the fleet file: {'; '.join(lacking)}")
+        note(f"not measured, or not priced in the fleet file: {'; '.join(lacking)}")
     if estimate.shards < (engines := sum(group.engines for group in fleet.groups)):
-        warn(f"{estimate.shards} shards for {engines} engines: some would stand idle. Make shard_rows smaller.")
+        warn(f"{estimate.shards} shards for {engines} engines: some would be idle. Make shard_rows smaller.")
     policies: dict[Policy, CostEstimate] = {}
     for name in POLICIES:
         try:
@@ -654,7 +658,7 @@ def report(workload: Workload, fleet: FleetConfig, horizon: Horizon, policy: Pol
     table("policies, expected", ["policy", "texts", *columns], beside)
     shares = [f"{step.saved / steps[0].cost:.1%}" if steps[0].cost else "" for step in steps]
     columns = ["one after another", "texts", "GPU-hours", "cost", "saved", "of all"]
-    table("what saves what, expected", columns, [(*step, share) for step, share in zip(steps, shares, strict=True)])
+    table("expected savings", columns, [(*step, share) for step, share in zip(steps, shares, strict=True)])
     return {
         "estimate": asdict(estimate),
         "policies": {name: asdict(e) for name, e in policies.items()},

@@ -1,9 +1,9 @@
-"""What a cluster is like from the inside: a short job that `owlrec submit` runs before the real one, without a GPU.
+"""Examines a cluster from the inside: a short job that `owlrec submit` runs before the real one, without a GPU.
 
-On the head it looks at nodes and at what an autoscaler could bring, and writes a file in the workspace; on every node a
-task without CPU or GPU reads that file and writes one of its own, which the head must see. The last line that it
-prints is the report, JSON after MARK. It reads no recipe and imports nothing but the standard library until Python's
-version is known, so that an old Python can still report itself.
+On the head it checks the nodes and the autoscaler's limits, and writes a file in the workspace. On every node a
+task without CPU or GPU reads that file and writes its own, which the head must see. The last line of
+output is the report, JSON after MARK. It reads no recipe and imports only the standard library until Python's
+version is known, so an old Python can still report itself.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ NODE_TIMEOUT_S = 90
 
 
 def main(workspace: str | None = None) -> None:
-    """Prints the report. workspace: a path or URI to try from every node."""
+    """Prints the report. workspace: a path or URI to test from every node."""
     report: dict[str, Any] = {"python": _python(), "nodes": [], "groups": None, "problem": ""}
     if sys.version_info >= (3, 11):  # noqa: UP036
         try:
             report.update(_look(workspace))
-        except Exception as error:  # whatever it is, the caller prints it
+        except Exception as error:  # the caller prints any error
             report["problem"] = f"{type(error).__name__}: {error}"
     print(MARK + json.dumps(report))
 
@@ -47,25 +47,25 @@ def _look(workspace: str | None) -> dict[str, Any]:
         for n in nodes
     ]
     ray.wait(visits, num_returns=len(visits), timeout=NODE_TIMEOUT_S)
-    found = []
+    reports = []
     for node, visit in zip(nodes, visits, strict=True):
         try:
             seen = ray.get(visit, timeout=0.1)
         except Exception as error:
-            seen = {"python": "", "problem": "a task did not run there: " + (str(error).strip() or "no answer")[-500:]}
+            seen = {"python": "", "problem": "a task failed there: " + (str(error).strip() or "no answer")[-500:]}
         if not problem and not seen["problem"]:
             seen["problem"] = _try(partial(_take, own=mark + "-" + node["NodeID"]), workspace)
         resources = {k: node["Resources"].get(k, 0) for k in ("CPU", "GPU")}
-        found.append({"address": node["NodeManagerAddress"], "resources": resources, **seen})
+        reports.append({"address": node["NodeManagerAddress"], "resources": resources, **seen})
     if not problem:
         _try(lambda store: store.delete_file(mark), workspace)
-    return {"nodes": found, "groups": _groups(), "problem": problem}
+    return {"nodes": reports, "groups": _groups(), "problem": problem}
 
 
 def _visit(workspace: str | None, theirs: str, own: str) -> dict[str, str]:
     def exchange(store: Any) -> None:
         if store.read_bytes(theirs) != theirs.encode():
-            raise OSError(f"the head's file {theirs} has other contents here")
+            raise OSError(f"the head's file {theirs} has different contents here")
         store.write_bytes(own, own.encode())
 
     return {"python": _python(), "problem": _try(exchange, workspace)}
@@ -73,12 +73,12 @@ def _visit(workspace: str | None, theirs: str, own: str) -> dict[str, str]:
 
 def _take(store: Any, own: str) -> None:
     if store.read_bytes(own) != own.encode():
-        raise OSError("what this node wrote there has other contents on the head")
+        raise OSError("this node's file has different contents on the head")
     store.delete_file(own)
 
 
 def _try(action: Callable[[Any], None], workspace: str | None) -> str:
-    """What went wrong with `action` on the workspace; "" where nothing did, or there is no workspace."""
+    """The failure of `action` on the workspace; "" for success or without a workspace."""
     if workspace is None:
         return ""
     try:
@@ -91,12 +91,12 @@ def _try(action: Callable[[Any], None], workspace: str | None) -> str:
 
 
 def _groups() -> list[dict[str, Any]] | None:
-    """Node groups that the head's autoscaler may start, [] without one, None where they cannot be seen from here."""
+    """Node groups that the head's autoscaler may start, [] without one, None if they are not visible."""
     import psutil
     import yaml
 
     if "KUBERAY_GEN_RAY_START_CMD" in os.environ:
-        return None  # the operator's autoscaler stands in a container of its own
+        return None  # the operator's autoscaler has its own container
     option = "--autoscaling-config="
     for process in psutil.process_iter(["cmdline"]):
         for word in process.info["cmdline"] or ():

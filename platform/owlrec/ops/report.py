@@ -1,20 +1,21 @@
 """The report of a run: one HTML file that needs nothing beside it, to be kept, mailed and opened years later.
 
-Sections whose figures `ReportData` lacks are left out. All texts are escaped: titles come from users' data and answers
-from an LLM. Only cards, results and a few rows are read, so a report of 10^8 users costs no more than one of a hundred.
+Sections whose figures `ReportData` lacks are left out. All texts are escaped.
 """
 
+import math
 import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from statistics import fmean, median, stdev
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,57 +23,180 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from pydantic import BaseModel
 
 from owlrec import __version__
-from owlrec.cohorts.model import read_profiles
+from owlrec.cohorts.cohort_model import read_profiles
 from owlrec.ctr.experiment import (
     COLD_ITEM_BELOW,
     COLD_USER_BELOW,
     PairedDifference,
     SliceMetrics,
     TrialResult,
-    summarise,
+    summarize,
 )
-from owlrec.decoding.controller import DecoderCounters
-from owlrec.encoding.semantic_ids import QuantisationReport
+from owlrec.encoding.compression import QuantizationReport
 from owlrec.encoding.vectors import read_reports
 from owlrec.evaluation import GridScores, Interval
+from owlrec.generation.engines import PACKAGED
 from owlrec.generation.job import decoder_counters, iterate_knowledge
-from owlrec.generation.models import PACKAGED
-from owlrec.ops.charts import bar_chart, histogram, points_chart
-from owlrec.ranking.judging import RankerResult, read_results
+from owlrec.ids import KINDS, Kind, shard_of
+from owlrec.ranking.question_sets import RankerResult, read_results
+from owlrec.releases.format import measure_lookup
 from owlrec.releases.release import Release
-from owlrec.releases.rows import measure_lookup
-from owlrec.schema import KINDS, KNOWLEDGE, Kind, shard_of
+from owlrec.schema import KNOWLEDGE
 from owlrec.shards import Artifact, Card, finished_stage
-from owlrec.sources.catalog import ItemCatalog
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace
+from owlrec_decoding.controller import DecoderCounters
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+# --------------------------------------------------------------------------------------------------------------- charts
+# Charts as SVG, drawn by matplotlib, for light and dark pages: points, bars, histograms.
+#
+# Ink is drawn in black and written as `currentColor` on a transparent figure, so a chart takes the page's text color.
+# Text stays text, and the same values give the same bytes. matplotlib is imported with the first chart: it takes half
+# a second, and most commands draw none.
+
+
+COLORS = ("#2f7fdc", "#d08a24", "#2a9d6b", "#8a94a3")  # of medium lightness: visible on white and on black
+_WIDTH = 8.2  # inches, like all lengths
+_ROW, _AXIS = 0.3, 0.7  # height of a row, and of the axis at the bottom
+_BINS = 24
+_STYLE: Any = {  # matplotlib's settings
+    "font.sans-serif": ["DejaVu Sans", "Segoe UI", "Arial"],
+    "svg.fonttype": "none",
+    "svg.hashsalt": "owlrec",  # fixes names inside the file, which are random without it
+    "text.parse_math": False,  # labels may contain a $
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "ytick.left": False,
+}
+_PAGE = """<style>svg { background: #ffffff; color: #1b2430; }
+@media (prefers-color-scheme: dark) { svg { background: #12161c; color: #e6eaf0; } }</style>"""
+
+
+def points_chart(values: Mapping[tuple[str, str], Sequence[float]], axis: str) -> Markup:
+    """One row per group and series: values as small dots, their mean as a large one.
+
+    values: (group, series), such as a backbone and an arm, -> values, one per seed. Whiskers show one standard
+    deviation. The axis does not start at zero, which is fine for dots but not for bars. Values that are not finite are
+    left out; "" if none is left.
+    """
+    rows = {names: finite for names, vs in values.items() if (finite := [v for v in vs if math.isfinite(v)])}
+    series = list(dict.fromkeys(name for _, name in rows))
+
+    def plot(axes: "Axes") -> None:
+        for y, ((_, name), vs) in enumerate(rows.items()):
+            color = COLORS[series.index(name) % len(COLORS)]
+            spread = stdev(vs) if len(vs) > 1 else 0.0
+            axes.plot(vs, [y] * len(vs), "o", color=color, alpha=0.5, markersize=4)
+            axes.errorbar(fmean(vs), y, xerr=spread, fmt="o", color=color, markersize=8)
+            value = f"{fmean(vs):.4f}" + (f" ± {spread:.4f}" if len(vs) > 1 else "")
+            axes.text(1.01, y, value, transform=axes.get_yaxis_transform(), va="center")
+        axes.set(xlabel=axis, ylim=(len(rows) - 0.5, -0.5))
+        axes.set_yticks(range(len(rows)), [": ".join(filter(None, names)) for names in rows])
+        axes.grid(axis="x", alpha=0.3)
+
+    return draw(plot, _ROW * len(rows) + _AXIS, axis) if rows else Markup("")
+
+
+def bar_chart(values: Mapping[str, float], unit: str) -> Markup:
+    """One horizontal bar per label, from zero, with its value at its end; "" without values."""
+
+    def plot(axes: "Axes") -> None:
+        bars = axes.barh(range(len(values)), list(values.values()), color=COLORS[0])
+        axes.bar_label(bars, [f"{short_number(value)} {unit}" for value in values.values()], padding=4)
+        axes.set_yticks(range(len(values)), list(values))
+        axes.set(
+            ylim=(len(values) - 0.5, -0.5), xlim=(0, max(*values.values(), 0) or 1)
+        )  # labels may extend beyond the end
+        axes.xaxis.set_visible(False)
+        axes.spines["bottom"].set_visible(False)
+
+    return draw(plot, _ROW * (len(values) + 0.5), f"bars in {unit}") if values else Markup("")
+
+
+def histogram(values: Sequence[float], axis: str) -> Markup:
+    """Counts of values in equal bins; a dashed line marks the median. "" without values."""
+
+    def plot(axes: "Axes") -> None:
+        axes.hist(values, bins=_BINS, color=COLORS[0])
+        axes.axvline(median(values), color="black", linestyle="--")
+        axes.set(xlabel=axis, title=f"median {short_number(median(values))}")
+
+    return draw(plot, 2.6, f"histogram of {axis}") if values else Markup("")
+
+
+def draw(plot: Callable[["Axes"], None], height: float, label: str) -> Markup:
+    """Output of `plot` as an `<svg>` element for a page. height: inches. label: alternative text."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    written = StringIO()
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        plot(figure.subplots())
+        no_dates = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(written, format="svg", transparent=True, metadata=no_dates)
+    svg = written.getvalue().partition("<svg")[2].replace("#000000", "currentColor")
+    return Markup(f'<svg role="img" aria-label="{escape(label)}" fill="currentColor"{svg}')  # matplotlib escapes texts
+
+
+def standalone(chart: Markup) -> str:
+    """A chart as a standalone file, with a page's colors for light and dark mode."""
+    head, rest = chart.split(">", 1)
+    return f"{head}>{_PAGE}{rest}"
+
+
+def short_number(value: float) -> str:
+    """Three significant digits; whole numbers from 100 in full; millions from ten million."""
+    if value >= 10_000_000:
+        return f"{value / 1e6:,.0f} M"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+# The report of a run: one self-contained HTML file, to be kept, mailed and opened years later.
+#
+# Sections without figures in `ReportData` are left out. All texts are escaped: titles come from users' data and answers
+# from an LLM. It reads only cards, results and a few rows, so a report of 10^8 users costs no more than one of a
+# hundred.
+
 
 REPORTED_STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr")
-_SLICES = 12  # of a job's time
+_SLICES = 12  # time slices of a job
 _SAMPLES_PER_KIND = 3
 _LENGTH_ROWS = 20_000
 _NOTE = (
-    "A gain is the LLM's only where `knowledge` beats both `shuffled` (the same vectors given to other ids: the effect "
-    "of the adaptor's extra parameters) and `metadata` (titles, attributes and history encoded without an LLM: the "
-    "effect of the text encoder)."
+    "Credit a gain to the LLM only if `knowledge` beats both `shuffled` (the same vectors with the wrong "
+    "ids: the effect of the adaptor's extra parameters) and `metadata` (titles, attributes and history "
+    "encoded without an LLM: the effect of the text encoder)."
 )
 _NOTES_ON_MODELS = {
-    PACKAGED: "SmolLM2-135M makes up most facts: with it expect no gain over metadata. A stronger model in the "
-    "recipe's engine section changes the texts, and nothing else of the run.",
-    "echo": "The engine echo answers with invented words, so these texts can have no value: it shows the machinery.",
+    PACKAGED: (
+        "SmolLM2-135M makes up most of its facts, so expect no gain over metadata. A stronger model in the "
+        "recipe's engine section changes only the texts."
+    ),
+    "echo": (
+        "The engine echo answers with invented words, so these texts have no value: it only shows that the "
+        "machinery works."
+    ),
 }
 
 
 class Throughput(BaseModel):
-    """Figures of a whole generation job, over all runs that it took."""
+    """Figures of a whole generation job over all its runs."""
 
     over_time: dict[str, float] = {}  # output tokens/s by twelfth of the time, "0.0 to 5.0 min" and so on
     by_replica: dict[str, float] = {}  # output tokens/s between a replica's first shard and its last
     texts_by_flag: dict[str, int] = {}
-    actions: dict[str, int] = {}  # of the quality gate
+    actions: dict[str, int] = {}  # actions of the quality gate
 
 
 class ArmFigures(BaseModel):
@@ -85,12 +209,12 @@ class ArmFigures(BaseModel):
     log_loss: list[float] = []
     valid_auc: list[float] = []
     calibration_error: list[float] = []
-    differences: dict[str, PairedDifference] = {}  # arm that this one is compared with -> over the seeds of both
-    slices: dict[str, SliceMetrics] = {}  # parts of the test split, means over seeds
+    differences: dict[str, PairedDifference] = {}  # base arm -> difference over common seeds
+    slices: dict[str, SliceMetrics] = {}  # slices of the test split, means over seeds
 
 
 class KnowledgeSample(BaseModel):
-    """What the LLM read about a user or an item, and what it wrote."""
+    """A prompt about a user or an item, and the LLM's text."""
 
     kind: str
     title: str  # "user 12", or the item's title
@@ -99,7 +223,7 @@ class KnowledgeSample(BaseModel):
 
 
 class ReportData(BaseModel):
-    """All that a report may show."""
+    """All inputs of a report."""
 
     run: str
     finished: str  # date and time, as shown
@@ -112,26 +236,26 @@ class ReportData(BaseModel):
     samples: list[KnowledgeSample] = []
     release: dict[str, str] = {}
     lookup: dict[str, str] = {}
-    throughput: Throughput = Throughput()  # of the generation job
-    decoder: DecoderCounters | None = None  # of the speculative decoder, where one ran
-    semantic_ids: dict[str, QuantisationReport] = {}  # by the name of their vectors: knowledge-user, metadata-item, ...
+    throughput: Throughput = Throughput()  # throughput of the generation job
+    decoder: DecoderCounters | None = None  # of the speculative decoder, if any
+    semantic_ids: dict[str, QuantizationReport] = {}  # by the name of their vectors: knowledge-user, metadata-item, ...
     ranker: list[RankerResult] = []  # of all runs of the LLM ranker, and of CTR models on the same samples
-    notes: list[str] = []  # what a reader must know in order not to misread the figures
+    notes: list[str] = []  # warnings that a reader of the figures needs
     versions: dict[str, str] = {}
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
 
-Row = dict[str, str]  # column -> what is shown; Markup is not escaped
+Row = dict[str, str]  # column -> content; Markup is not escaped
 
 
 class ArmRow(NamedTuple):
-    """A row of the table of arms, as shown: means over seeds, with one standard deviation where there are several."""
+    """A row of the table of arms, formatted: means over seeds, with one standard deviation if there are several."""
 
     backbone: str
     arm: str
     auc: str
-    difference: str  # of the mean AUC to the arm "none" of the same backbone, over the seeds of both where paired
+    difference: str  # mean AUC minus that of the arm "none" of the same backbone, over common seeds
     interval: str  # of that difference
     gauc: str
     log_loss: str
@@ -141,7 +265,7 @@ class ArmRow(NamedTuple):
 
 
 class ComparisonRow(NamedTuple):
-    """A row of the table of paired comparisons, as shown: AUC of an arm minus that of `base`, of the same backbone."""
+    """A row of the table of paired comparisons, formatted: AUC of an arm minus that of `base`, of the same backbone."""
 
     backbone: str
     arm: str
@@ -216,7 +340,7 @@ def arm_rows(arms: Sequence[ArmFigures]) -> list[ArmRow]:
 
 
 def comparison_rows(arms: Sequence[ArmFigures]) -> list[ComparisonRow]:
-    """The table of paired comparisons; what is not known is left blank."""
+    """The table of paired comparisons; unknown values are blank."""
     return [
         ComparisonRow(
             backbone=arm.backbone,
@@ -233,9 +357,9 @@ def comparison_rows(arms: Sequence[ArmFigures]) -> list[ComparisonRow]:
 
 
 def heat_rows(arms: Sequence[ArmFigures]) -> list[Row]:
-    """The heat map of gains to "none": one row per backbone that has one, one cell per arm, blank where not measured.
+    """Heat map of gains over "none": one row per backbone that has one, one cell per arm, blank if not measured.
 
-    Colors are as strong as the gain is beside the largest one, and fade where its interval holds 0.
+    Color strength is relative to the largest gain; colors fade if the interval includes 0.
     """
     gains = {(a.backbone, a.arm): a.differences["none"] for a in arms if "none" in a.differences}
     largest = max((abs(gain.auc) for gain in gains.values()), default=0.0) or 1.0
@@ -253,20 +377,20 @@ def heat_rows(arms: Sequence[ArmFigures]) -> list[Row]:
         )
 
     return [
-        {"test AUC to none": backbone} | {arm: cell(gains.get((backbone, arm))) for arm in others}
+        {"test AUC minus none": backbone} | {arm: cell(gains.get((backbone, arm))) for arm in others}
         for backbone in dict.fromkeys(backbone for backbone, _ in gains)
     ]
 
 
 def slice_rows(arms: Sequence[ArmFigures]) -> list[Row]:
-    """The table of slices: AUC and log-loss, one column per arm; blank where an arm was not measured."""
-    metrics = {(a.backbone, a.arm, name): of for a in arms for name, of in a.slices.items()}
-    sizes = {(backbone, name): of.rows for (backbone, _, name), of in metrics.items()}
+    """The table of slices: AUC and log-loss, one column per arm; blank if an arm was not measured."""
+    metrics = {(a.backbone, a.arm, name): metric for a in arms for name, metric in a.slices.items()}
+    sizes = {(backbone, name): metric.rows for (backbone, _, name), metric in metrics.items()}
 
-    def cell(of: SliceMetrics | None) -> str:
-        if of is None:
+    def cell(metric: SliceMetrics | None) -> str:
+        if metric is None:
             return ""
-        return f"{'one class' if of.auc is None else f'{of.auc:.4f}'} / {of.log_loss:.4f}"
+        return f"{'one class' if metric.auc is None else f'{metric.auc:.4f}'} / {metric.log_loss:.4f}"
 
     return [
         {"backbone": backbone, "test rows of": name, "rows": f"{size:,}"}
@@ -281,34 +405,34 @@ def ranker_rows(results: Sequence[RankerResult]) -> list[Row]:
         {
             "prompt shows": shown,
             "model": model,
-            "seeds": str(len(of)),
-            "test AUC": _spread([r.auc for r in of]),
-            "95 % interval": f"[{i.low:.4f}, {i.high:.4f}]" if (i := of[0].interval) else "",  # of the first seed
+            "seeds": str(len(seeds)),
+            "test AUC": _spread([r.auc for r in seeds]),
+            "95 % interval": f"[{i.low:.4f}, {i.high:.4f}]" if (i := seeds[0].interval) else "",  # for the first seed
         }
-        for (shown, model), of in _by_prompt(results).items()
+        for (shown, model), seeds in _by_prompt(results).items()
     ]
 
 
 def _by_prompt(results: Sequence[RankerResult]) -> dict[tuple[str, str], list[RankerResult]]:
-    """(what a prompt shows, who answers) -> the results of all seeds."""
+    """(content of a prompt, model) -> results of all seeds."""
     groups: dict[tuple[str, str], list[RankerResult]] = {}
     for result in results:
         shots = "all samples" if result.shots is None else f"{result.shots:,} shots"
         model = "zero-shot" if result.model == "zero-shot" else f"{result.model}, {shots}"
-        shown = f"{result.shown}, K = {result.behaviours}" if result.behaviours else "CTR models"
+        shown = f"{result.shown}, K = {result.behaviors}" if result.behaviors else "CTR models"
         groups.setdefault((shown, model), []).append(result)
     return groups
 
 
 def decoder_figures(counters: DecoderCounters) -> dict[str, str]:
-    """What the decoder counted, as shown."""
+    """Counters of the decoder, formatted."""
     counts = counters.counts
     drafted, accepted = counts.get("drafted", 0), counts.get("accepted", 0)
     hits = {name.removeprefix("hits_"): n for name, n in counts.items() if name.startswith("hits_")}
     figures = {
-        "tokens per row and step": f"{counters.tokens_per_step:.2f} (steps without drafts included)",
+        "tokens per row and step": f"{counters.tokens_per_step:.2f} (including steps without drafts)",
         "draft tokens": f"{drafted:,.0f}, {accepted / max(drafted, 1):.0%} accepted",
-        "accepted by the relaxed rule alone": f"{counts.get('relaxed', 0):,.0f}",
+        "accepted only by the relaxed rule": f"{counts.get('relaxed', 0):,.0f}",
         "drafts by source": ", ".join(f"{name} {n:,.0f}" for name, n in sorted(hits.items())) or "none",
         "requests for unknown pools": f"{counts.get('unknown_pools', 0):,.0f}",
     }
@@ -333,7 +457,7 @@ def _count(n: int) -> str:
     return f"{n:,}" if n else ""
 
 
-def _codes_row(name: str, ids: QuantisationReport) -> Row:
+def _codes_row(name: str, ids: QuantizationReport) -> Row:
     return {
         "vectors": name,
         "how many": f"{ids.vectors:,}",
@@ -367,10 +491,10 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def throughput(cards: Iterable[Card]) -> Throughput:
-    """How fast a generation job ran. A shard's tokens are spread evenly over the time that it took."""
+    """Speed of a generation job. A shard's tokens are spread evenly over its time."""
     flags: Counter[str] = Counter()
     actions: Counter[str] = Counter()
-    rows: list[tuple[str, float, float, int]] = []  # worker, begin, end, output tokens
+    rows: list[tuple[str, float, float, int]] = []  # worker, start, end, output tokens
     for card in cards:
         counts = {name: n for name, n in card.counts.items() if isinstance(n, int)}
         flags.update({name.removeprefix("flag_"): n for name, n in counts.items() if name.startswith("flag_")})
@@ -384,7 +508,7 @@ def throughput(cards: Iterable[Card]) -> Throughput:
         edges = np.linspace(start.min(), end.max(), _SLICES + 1)
         overlap = np.minimum(end[:, None], edges[1:]) - np.maximum(start[:, None], edges[:-1])
         speed = (np.clip(overlap, 0, None) * (tokens / (end - start))[:, None]).sum(axis=0) / np.diff(edges)
-        unit, scale = ("min", 60) if edges[-1] - edges[0] >= 120 else ("s", 1)  # so that slices have distinct names
+        unit, scale = ("min", 60) if edges[-1] - edges[0] >= 120 else ("s", 1)  # gives slices distinct names
         times = [f"{t:.1f}" for t in (edges - edges[0]) / scale]
         figures.over_time = {f"{a} to {b} {unit}": float(s) for (a, b), s in zip(pairwise(times), speed, strict=True)}
         for worker, mine in spans.groupby("worker", sort=False):
@@ -402,9 +526,9 @@ def collect(
     protocol: str,
     facts: Mapping[str, str],
 ) -> ReportData:
-    """All figures of a run. Stages that have not finished are left out.
+    """All figures of a run. Unfinished stages are left out.
 
-    scores: the test scores of the trials, where they left any: without them differences have no interval.
+    scores: test scores of the trials, if any: without them differences have no interval.
     """
     stages = {stage: card for stage in REPORTED_STAGES if (card := finished_stage(workspace, stage))}
     folder = stages["generate"].outputs["knowledge"]
@@ -439,7 +563,7 @@ def collect(
 
 
 def lookup_figures(release: Release, ids: np.ndarray) -> dict[str, str]:
-    """Latency of single lookups, as the report and the console print them."""
+    """Latency of single lookups, for the report and the console."""
     figures = measure_lookup(release.store, "user", ids)
     if not figures["n"]:
         return {}
@@ -453,7 +577,7 @@ def lookup_figures(release: Release, ids: np.ndarray) -> dict[str, str]:
 
 
 def hardware_line() -> str:
-    """The machine in a line, as every table of figures needs it."""
+    """One line about the machine, for tables of figures."""
     memory = psutil.virtual_memory().total / 2**30
     processor = ", ".join([platform.machine(), *_matrix_instructions()])
     python = platform.python_version()
@@ -461,7 +585,7 @@ def hardware_line() -> str:
 
 
 def _matrix_instructions() -> list[str]:
-    """What decides an LLM's speed on a CPU, of what Linux says of the first one."""
+    """CPU features that determine an LLM's speed, according to Linux."""
     with suppress(OSError):
         flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
         return [name for flag, name in (("avx512_bf16", "AVX512-BF16"), ("amx_tile", "AMX")) if flag in flags]
@@ -469,12 +593,12 @@ def _matrix_instructions() -> list[str]:
 
 
 def arm_figures(results: Sequence[TrialResult], scores: GridScores | None = None) -> list[ArmFigures]:
-    """Results by backbone and arm, one value per seed; differences and slices as `summarise` computes them."""
+    """Results by backbone and arm, one value per seed; differences and slices as computed by `summarize`."""
     seeds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r in results:
         seeds.setdefault((r.backbone, r.arm), []).append({"valid_auc": r.valid.auc, **r.test.model_dump()})
     figures = []
-    for summary in summarise(results, scores):
+    for summary in summarize(results, scores):
         values = pd.DataFrame(seeds[summary.backbone, summary.arm])
         figures.append(
             ArmFigures(
@@ -498,7 +622,7 @@ def _some_rows(workspace: Workspace, folder: str, kind: Kind) -> pa.Table:
 
 
 def _samples(workspace: Workspace, kind: Kind, texts: pa.Table) -> list[KnowledgeSample]:
-    # The longest of the texts that end by themselves show best what the model can do; the histogram shows the rest.
+    # The longest of the complete texts show best what the model can do; the histogram shows the rest.
     order = pc.sort_indices(texts, sort_keys=[("finish_reason", "descending"), ("output_tokens", "descending")])
     chosen = texts.take(order[:_SAMPLES_PER_KIND]).to_pylist()
     describe = {"user": _users, "item": _items, "cohort": _cohorts}[kind]
@@ -524,7 +648,7 @@ def _users(workspace: Workspace, ids: list[int]) -> list[tuple[str, list[str]]]:
 
 def _items(workspace: Workspace, ids: list[int]) -> list[tuple[str, list[str]]]:
     items = _by_id(workspace, "items", "item_id", ids)
-    unknown = {"title": "not in the items table"}  # imported knowledge may be about other items
+    unknown = {"title": "not in the items table"}  # imported knowledge may cover other items
     rows = [items.get(i, unknown) for i in ids]
     return [(row["title"], _fields(row, {"item_id", "raw_id", "title"})) for row in rows]
 

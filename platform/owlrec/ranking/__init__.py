@@ -1,1 +1,1 @@
-"""The LLM ranker (ReLLa, WWW 2024): which behaviours a prompt shows, what to tune on, how to read the answer."""
+"""The LLM ranker (ReLLa, WWW 2024): selects behaviors for prompts, builds tuning data, and reads answers."""

@@ -1,1 +1,1 @@
-"""Streaming refresh: who has moved on since the LLM last read them, and a delta release of their renewed texts."""
+"""Streaming refresh: finds users with new behaviors and publishes a delta release of their updated texts."""

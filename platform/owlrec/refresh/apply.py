@@ -1,12 +1,12 @@
-"""A plan carried out: texts, vectors, a delta release, then every user's state as the answers left it.
+"""Carries out a plan: texts, vectors, a delta release, then every user's new state.
 
-The delta has the last behaviors of all users with new events, and texts and vectors of those who were asked about.
+The delta has the latest behaviors of all users with new events, and texts and vectors of those with LLM calls.
 
-Texts and vectors are made by the stages of a whole run, over the plan's prompts. The vector of a user's newest text
-becomes partition 0 and those before it move on (LIBER fuses several), as far as they are kept. Its semantic id comes
-from the codebooks of the release that the delta stands on: new ones would leave the ids of all others without a
-meaning. A user whose answer failed keeps the text of the parent release and the short term (see refresh.partitions), an
-item's is asked about again with the next refresh (see refresh.items).
+The stages of a full run make texts and vectors from the plan's prompts. The vector of a user's newest text
+becomes partition 0 and earlier ones shift by one (LIBER fuses several), up to the limit. Its semantic id comes
+from the codebooks of the delta's base release, because new codebooks would make all other ids
+meaningless. A user whose call failed keeps the text of the parent release and the short term (see refresh.partitions);
+an item's failed call is retried by the next refresh (see refresh.items).
 """
 
 import json
@@ -17,23 +17,31 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from owlrec.decoding import DecodingConfig
-from owlrec.decoding.release_pools import find_pools
-from owlrec.encoding.encoder import EncoderConfig
 from owlrec.encoding.inputs import Input, KnowledgeTexts
 from owlrec.encoding.stage import EncodingJob
-from owlrec.encoding.vectors import PARTITIONS, VectorShard, partitions_folder, quantiser_folder
+from owlrec.encoding.vectors import PARTITIONS, EncoderConfig, VectorShard, partitions_folder, quantizer_folder
 from owlrec.errors import OwlRecError
 from owlrec.generation import EngineConfig, VllmEngineConfig
 from owlrec.generation.job import GenerateConfig, GenerationJob
-from owlrec.ordered import run_starts
+from owlrec.generation.release_pools import find_pools
+from owlrec.ids import Kind, run_starts, shard_of
 from owlrec.refresh.items import UpsertItems
-from owlrec.refresh.partitions import UserState, as_interest, freeze, hold, to_table
 from owlrec.refresh.plan import Moved, RunStage
-from owlrec.refresh.state import DELTA, RefreshPlan, State, delta_card, unfinished_plans
+from owlrec.refresh.state import (
+    DELTA,
+    RefreshPlan,
+    State,
+    UserState,
+    as_interest,
+    delta_card,
+    freeze,
+    hold,
+    to_table,
+    unfinished_plans,
+)
 from owlrec.releases.build import ReleaseInfo, build_release, whole_release
-from owlrec.releases.lmdb import PartWriter
-from owlrec.releases.manifest import chain
+from owlrec.releases.format import KnowledgeStore, chain
+from owlrec.releases.parts import PartWriter
 from owlrec.releases.release import (
     current_release,
     make_current,
@@ -42,23 +50,24 @@ from owlrec.releases.release import (
     read_codebooks,
 )
 from owlrec.releases.retention import compact, prune
-from owlrec.releases.rows import KnowledgeStore
 from owlrec.runner import Pool, Result, Stage, Work
-from owlrec.schema import Kind, newest, shard_of, vector_matrix, vectors_table
+from owlrec.schema import newest, vector_matrix, vectors_table
 from owlrec.shards import Artifact, Card, Shard, in_threads
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
+from owlrec_decoding import DecodingConfig
 
 _KINDS: tuple[Kind, ...] = ("item", "user")  # as keys ascend
 _FEW_DEAD = 10
 COMPACT_AFTER = 24  # deltas on top of a full release: a day of hourly refreshes
-KEEP_RELEASES = 3  # of those that were current, to roll back to; none younger than an hour goes
+KEEP_RELEASES = 3  # previously current releases kept for roll-back; younger than an hour are always kept
 
 
 def interrupted_plan(workspace: Workspace, base: str, recipe: str) -> RefreshPlan | None:
-    """The plan of an interrupted refresh that can still be carried out; others that go on from `base` are removed.
+    """The plan of an interrupted refresh that can still be carried out; removes others based on `base`.
 
-    recipe: fingerprint of the settings, see plan.Planner. One whose delta is current, or was, only has to be settled.
+    recipe: fingerprint of the settings, see plan.RefreshPlanner. One whose delta is current, or was, only has to
+    be settled.
     """
     for plan in unfinished_plans(workspace, base):
         if published_delta(workspace, plan) is not None:
@@ -74,9 +83,9 @@ def interrupted_plan(workspace: Workspace, base: str, recipe: str) -> RefreshPla
 
 
 def job_of_plan(job: GenerationJob, plan: RefreshPlan) -> GenerationJob:
-    """The recipe's job with the plan's prompts, and a folder for the texts that follow its base.
+    """The recipe's job with the plan's prompts, and a folder for the texts on top of its base.
 
-    A plan that is made again, since another release became current, finds the answers to the questions that it shares.
+    A repeated plan, after another release became current, reuses the answers to shared prompts.
     """
     named = fingerprint(job.fingerprint, "refresh after", plan.base)
     ready = {"item": f"{plan.part('items')}/prompts/item", "user": f"{plan.part('prompts')}/user"}
@@ -84,10 +93,10 @@ def job_of_plan(job: GenerationJob, plan: RefreshPlan) -> GenerationJob:
 
 
 def too_many_dead(cards: Iterable[Card], config: GenerateConfig) -> bool:
-    """Whether so many rows failed that something other than the rows must be wrong.
+    """Whether so many rows failed that the fault must be outside the rows.
 
-    A refresh may have a handful of rows, of which a single dead one is a large share. So failures count only from a few
-    on; then the run ends with an error, and the next one asks for these rows again.
+    A refresh may have a handful of rows, of which a single dead one is a large share, so failures count only from a few
+    on. Then the run ends with an error, and the next one retries these rows.
     """
     cards = list(cards)
     dead = sum(card.rows_dead for card in cards)
@@ -95,9 +104,9 @@ def too_many_dead(cards: Iterable[Card], config: GenerateConfig) -> bool:
 
 
 def with_latest_pools(workspace: Workspace, engine: EngineConfig, decoding: DecodingConfig) -> DecodingConfig:
-    """`decoding`, drafting from the retrieval pools of the newest release that has some, where it names none itself.
+    """`decoding` with the retrieval pools of the newest release that has some, unless it names its own.
 
-    Deltas have no pools: the full release below them holds most of their users' earlier texts.
+    Deltas have no pools: the full release below them has most of their users' earlier texts.
     """
     if decoding.mode == "off" or decoding.pools or not isinstance(engine, VllmEngineConfig):
         return decoding
@@ -111,16 +120,16 @@ def with_latest_pools(workspace: Workspace, engine: EngineConfig, decoding: Deco
 
 @dataclass(frozen=True)
 class Renewed:
-    """What a plan's answers have become."""
+    """Results of a plan."""
 
-    release: str  # current then
-    knowledge: str = ""  # folders of texts and vectors, relative to the workspace; "" where there are none
+    release: str  # current at that time
+    knowledge: str = ""  # folders of texts and vectors, relative to the workspace; "" for none
     vectors: str = ""
-    user_shards: tuple[int, ...] = ()  # of users with vectors
+    user_shards: tuple[int, ...] = ()  # shards of users with vectors
 
 
 def published_delta(workspace: Workspace, plan: RefreshPlan) -> Renewed | None:
-    """What was published of a plan, if that is current or was before what is."""
+    """The published delta of a plan, if it is current or an ancestor of the current release."""
     card = Artifact(workspace, plan.folder).card(DELTA)
     if card is None or card.outputs["release"] not in pointer_history(workspace):
         return None
@@ -129,7 +138,7 @@ def published_delta(workspace: Workspace, plan: RefreshPlan) -> Renewed | None:
 
 @dataclass(frozen=True)
 class Delta:
-    """Encodes a plan's texts and publishes them, and behaviors, on top of the release that it was planned on."""
+    """Encodes a plan's texts and publishes them, and behaviors, on top of the plan's base release."""
 
     workspace: Workspace
     moved: Moved
@@ -137,14 +146,14 @@ class Delta:
     texts: Mapping[str, Card]  # the job's shards
     engine: EngineConfig
     encoder: EncoderConfig
-    partitions: int  # vectors that a user keeps
-    encode: Callable[[EncodingJob], Mapping[str, Card]]  # where the encoder may run
+    partitions: int  # vectors kept per user
+    encode: Callable[[EncodingJob], Mapping[str, Card]]  # runs the encoder
 
     def publish(self, n_parts: int, pool: Pool) -> Renewed:
-        """Makes the delta current. pool: where its parts are built.
+        """Makes the delta current. pool: builds its parts.
 
-        Raises ReleaseError where another release than the plan's parent is current by then, PointerHeld on a HOLD,
-        EngineError where the encoder does not load.
+        Raises ReleaseError if another release than the plan's parent is current by then, PointerHeld on a HOLD, and
+        EngineError if the encoder does not load.
         """
         workspace, plan, behaviors = self.workspace, self.moved.plan, self.moved.behaviors
         folder, vectors = self._encode() if any(card.rows_out for card in self.texts.values()) else ("", {})
@@ -160,40 +169,40 @@ class Delta:
         )
         manifest = whole_release(workspace, info)
         if manifest is None:
-            shards = tuple(Shard.of_name(name) for name, card in self.texts.items() if card.rows_out)
+            shards = tuple(Shard.from_name(name) for name, card in self.texts.items() if card.rows_out)
             folders = (self.job.folder, folder, f"{plan.part('interests')}/behaviors")
             delta = DeltaRows(*folders, shards, tuple(behaviors), plan.parent, self.partitions)
             manifest = build_release(workspace, info, delta, n_parts, pool=pool)
-        numbers = [Shard.of_name(name).number for name in vectors if name.startswith("knowledge-user/")]
+        numbers = [Shard.from_name(name).number for name in vectors if name.startswith("knowledge-user/")]
         outputs = {"release": manifest.name, "knowledge": self.job.folder, "vectors": folder}
         Artifact(workspace, plan.folder).finish(delta_card(plan, outputs, numbers))
         make_current(workspace, manifest.name, expected=plan.parent)
         return Renewed(**outputs, user_shards=tuple(numbers))
 
     def _encode(self) -> tuple[str, dict[str, Card]]:
-        """The folder of the vectors, with their semantic ids, and the cards of the shards with texts."""
+        """Folder of the vectors, with their semantic ids, and the cards of the shards with texts."""
         workspace, identity = self.workspace, self.encoder.identity
-        quantisers = read_codebooks(workspace, chain(workspace, self.moved.plan.parent)[-1])
-        codebooks = [quantisers[kind].fingerprint if kind in quantisers else "" for kind in _KINDS]
+        quantizers = read_codebooks(workspace, chain(workspace, self.moved.plan.parent)[-1])
+        codebooks = [quantizers[kind].fingerprint if kind in quantizers else "" for kind in _KINDS]
         folder = f"vectors/{fingerprint('delta', self.job.fingerprint, identity, codebooks)[:16]}"
         inputs: dict[str, Input] = {}
         for kind in _KINDS:
             name = f"knowledge-{kind}"
-            if kind in quantisers:
-                quantisers[kind].save(workspace, quantiser_folder(folder, name))
-            if any(Shard.of_name(shard).kind == kind for shard in self.texts):
+            if kind in quantizers:
+                quantizers[kind].save(workspace, quantizer_folder(folder, name))
+            if any(Shard.from_name(shard).kind == kind for shard in self.texts):
                 inputs[name] = KnowledgeTexts(self.job.folder, kind)
-        # None are fitted, and those that are there are used.
+        # Fits no codebooks; uses the existing ones.
         config = self.encoder.model_copy(update={"semantic_ids": None})
         cards = self.encode(EncodingJob(workspace, folder, config, inputs))
-        texts = {Shard.of_name(name): card for name, card in self.texts.items() if card.rows_out}
+        texts = {Shard.from_name(name): card for name, card in self.texts.items() if card.rows_out}
         mine = {Shard(f"knowledge-{shard.kind}", shard.number).name for shard in texts}
         return folder, {name: card for name, card in cards.items() if name in mine}
 
 
 @dataclass(frozen=True)
 class DeltaRows:
-    """The rows of a delta: new texts of items and users, vectors before those of earlier partitions, behaviors."""
+    """Rows of a delta: new texts of items and users, their vectors before those of earlier partitions, behaviors."""
 
     knowledge: str  # folders, relative to the workspace
     vectors: str
@@ -206,7 +215,7 @@ class DeltaRows:
     def write(self, workspace: Workspace, writer: PartWriter, part: int, n_parts: int) -> None:
         """See releases.build.ReleaseRows.write."""
         for kind in _KINDS:
-            common = min(n_parts, workspace.n_shards(kind)) - 1  # an id's shard and its part have these bits in common
+            common = min(n_parts, workspace.n_shards(kind)) - 1  # bits shared by an id's shard and its part
             mine = [s for s in self.shards if s.kind == kind and s.number & common == part & common]
             if mine:
                 self._write_texts(workspace, writer, kind, mine, part, n_parts)
@@ -222,7 +231,7 @@ class DeltaRows:
         texts = [f"{self.knowledge}/{shard.file()}" for shard in shards]
         files = [f"{self.vectors}/knowledge-{kind}/{shard_file(shard.number, '.arrow')}" for shard in shards]
         knowledge = pa.concat_tables(in_threads(workspace.read_parquet, texts))
-        # Not mapped: each file would hold a descriptor.
+        # Not mapped: each file would keep a descriptor.
         vectors = pa.concat_tables(in_threads(lambda f: pa.ipc.open_file(workspace.open_input(f)).read_all(), files))
         knowledge, vectors = (
             t.filter(pa.array(shard_of(t["id"].to_numpy(), n_parts) == part)) for t in (knowledge, vectors)
@@ -236,10 +245,10 @@ class DeltaRows:
 
 
 def stack_partitions(vectors: pa.Table, store: KnowledgeStore, partitions: int) -> pa.Table:
-    """The vectors of users with those of their earlier partitions behind them; a column `partition` counts from 0.
+    """Vectors of users followed by those of their earlier partitions; a column `partition` counts from 0.
 
     vectors: schema.vectors_schema, the rows of a user together, oldest first. Earlier ones have no codes. store: the
-    parent release's. partitions: how many of a user are kept.
+    parent release's. partitions: maximum kept per user.
     """
     given = vectors["id"].to_numpy()
     ids, first, place, counts = np.unique(given, return_index=True, return_inverse=True, return_counts=True)
@@ -265,23 +274,23 @@ def stack_partitions(vectors: pa.Table, store: KnowledgeStore, partitions: int) 
 # States
 
 
-class StorePartitions(Stage):
-    """Shards of users with new texts: the vector of each, by user and as_of, beside those of all earlier refreshes.
+class SavePartitions(Stage):
+    """Shards of users with new texts: stores each text's vector by user and as_of, next to those of earlier refreshes.
 
-    A text's vector stays there after the release has dropped it: samples of any moment read what was known before.
+    A text's vector stays there after the release has dropped it, because samples of any moment read earlier vectors.
     """
 
     name = "partitions"
 
     def __init__(self, vectors: str, encoder: EncoderConfig) -> None:
-        """vectors: the folder of the plan's."""
+        """vectors: folder of the plan's vectors."""
         self.folder, self.vectors = partitions_folder(encoder.identity), vectors
 
     def run(self, work: Work) -> Result:
         """See Stage.run."""
         workspace, number = work.workspace, work.shard.number
         new = VectorShard.read(workspace, f"{self.vectors}/knowledge-user/{shard_file(number, '.arrow')}")
-        tables = [replace(new, codes=new.codes[:, :0], quantiser="").table()]
+        tables = [replace(new, codes=new.codes[:, :0], quantizer="").table()]
         path = work.artifact.path(work.shard.file(".arrow"))
         if workspace.entry(path) is not None:
             tables.append(VectorShard.read(workspace, path).table())
@@ -296,12 +305,12 @@ class StorePartitions(Stage):
 
 
 class SettleStage(Stage):
-    """Shards with users who were asked about: partitions that were read are frozen, the others held."""
+    """Shards with users in the plan: freezes the partitions that were read and holds the others."""
 
     name = "settle"
 
     def __init__(self, moved: Moved, knowledge: str) -> None:
-        """knowledge: the folder of the answers."""
+        """knowledge: folder of the answers."""
         plan = moved.plan
         self.folder, self.prompts, self.knowledge = plan.part("settled"), plan.part("prompts"), knowledge
         self.state, self.encoder, self.horizon = moved.state, plan.encoder, plan.horizon
@@ -330,23 +339,23 @@ class SettleStage(Stage):
 
 
 def settle(moved: Moved, renewed: Renewed, encoder: EncoderConfig, run: RunStage) -> State:
-    """The state once the answers are there, and items and partitions stand where others read them."""
+    """The state once all answers exist and items and partitions are in their final place."""
     plan, calls = moved.plan, moved.state.calls + moved.state.item_calls
     items = dict.fromkeys(moved.new_items, plan.fingerprint)
-    of_items = run(UpsertItems(plan, renewed.knowledge), items, len(items), "settling items")
+    item_cards = run(UpsertItems(plan, renewed.knowledge), items, len(items), "settling items")
     with_vectors = {Shard(PARTITIONS, number): plan.fingerprint for number in renewed.user_shards}
-    run(StorePartitions(renewed.vectors, encoder), with_vectors, calls, "storing partitions")
+    run(SavePartitions(renewed.vectors, encoder), with_vectors, calls, "storing partitions")
     stage = SettleStage(moved, renewed.knowledge)
     users = {shard: plan.fingerprint for shard in moved.prompts if shard.kind == "user"}
     cards = run(stage, users, calls, "settling")
     shards = dict(moved.state.shards)
     for name in cards:
-        shard = Shard.of_name(name)
+        shard = Shard.from_name(name)
         update = {"file": f"{stage.folder}/{shard.file()}", "encoder": plan.encoder}
         shards[shard.number] = shards[shard.number].model_copy(update=update)
     counts = {
         "renewed": sum(int(card.counts["renewed"]) for card in cards.values()),
-        "items_renewed": sum(int(card.counts["items_renewed"]) for card in of_items.values()),
+        "items_renewed": sum(int(card.counts["items_renewed"]) for card in item_cards.values()),
     }
     counts = moved.state.counts | counts
     return moved.state.model_copy(update={"shards": shards, "counts": counts, "release": renewed.release})
@@ -356,10 +365,10 @@ def settle(moved: Moved, renewed: Renewed, encoder: EncoderConfig, run: RunStage
 
 
 def tidy(workspace: Workspace, compact_after: int = COMPACT_AFTER) -> str:
-    """Merges a chain of more deltas than `compact_after` and removes old releases; says what it did, "" for nothing.
+    """Merges a chain of more than `compact_after` deltas and removes old releases; returns a summary, "" for nothing.
 
-    A lookup asks each delta of the chain in turn; merging it costs one pass over all texts, and need not happen often.
-    A release that became current meanwhile is left alone: the next refresh tidies up.
+    A lookup reads each delta of the chain in turn; merging it costs one pass over all texts and is rarely needed.
+    If another release has become current meanwhile, it does nothing: the next refresh does the cleanup.
     """
     current = current_release(workspace)
     if current is None or len(chain(workspace, current)) <= compact_after:
@@ -367,5 +376,5 @@ def tidy(workspace: Workspace, compact_after: int = COMPACT_AFTER) -> str:
     try:
         name, removed = compact(workspace).name, prune(workspace, KEEP_RELEASES)
     except OwlRecError as error:  # a full disk or a HOLD does not undo the refresh
-        return f"not tidied: {error}"
+        return f"cleanup failed: {error}"
     return f"deltas merged into release {name}; {len(removed)} old releases removed"

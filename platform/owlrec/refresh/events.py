@@ -1,10 +1,10 @@
-"""The log of new interactions: Parquet files that others only ever add to, and what of it a refresh may take in.
+"""The log of new interactions: Parquet files that others append, and the rules for accepting their rows.
 
-A stream brings events late, twice, out of order and broken. A refresh reads the files that are new or have grown and
-deals their rows by the hash of the user, as `prepare` does; a shard of users puts its own into one canonical order, so
-that nothing depends on the one they came in. An event of an unknown user, of an unknown item or from the future stays
-with its shard until the tables know its id, its moment has come or it is too old: it is looked at again and reported
-once. What is refused is refused row by row, with its reason.
+A stream delivers events late, twice, out of order and broken. A refresh reads new and grown files and
+splits their rows by a hash of the user, like `prepare`; a shard of users puts its own into one canonical order, so
+nothing depends on the order of arrival. An event of an unknown user, of an unknown item or from the future stays
+with its shard until the tables know its id, its moment has come or it is too old: it is checked again and reported
+once. Events are refused row by row, with the reason.
 """
 
 import base64
@@ -24,40 +24,37 @@ from pydantic import BaseModel, Field
 
 from owlrec.config import Config
 from owlrec.errors import SourceError
-from owlrec.ordered import rows_of, run_starts
+from owlrec.ids import rows_of, run_starts, shard_of
 from owlrec.runner import Result, Stage, Work
-from owlrec.schema import DEAD_LETTERS, INTERACTIONS, MILLISECONDS, conform, shard_of
+from owlrec.schema import DEAD_LETTERS, INTERACTIONS, MILLISECONDS, conform
 from owlrec.shards import Card, Shard, in_threads
-from owlrec.sources.files import SourceFile, input_files
-from owlrec.sources.ingest import MAX_BUCKETS, Grouping, bucket_file, grouped, read_batches, write_buckets
 from owlrec.sources.outcomes import EVENTS as EVENT_NAMES
 from owlrec.sources.outcomes import PASSED_OVER, Labels, taken
+from owlrec.sources.preparation import MAX_BUCKETS, Grouping, bucket_file, grouped, read_batches, write_buckets
 from owlrec.sources.raw import Fragment, TableName
-from owlrec.sources.tabular import fragments_of, to_milliseconds
+from owlrec.sources.tabular import SourceFile, fragments_of, input_files, to_milliseconds
 from owlrec.workspace import Workspace, read_tombstones
 
 # --------------------------------------------------------------------------------------------------------------- config
-# The recipe's section `streaming`: where new events come from, and when a user's text is renewed.
+# The recipe's section `streaming`: source of new events, and rules for updating a user's text.
 
 
 MS_PER_DAY = 86_400_000
-FUTURE_MS = 300_000  # clocks differ by minutes; what is later comes from a broken one
+FUTURE_MS = 300_000  # clocks differ by minutes; later times come from a broken one
 
 
 class RefreshConfig(Config):
-    """Where the log is and what of it is taken in; whose text is renewed."""
+    """Location and acceptance rules of the log, and rules for updating texts."""
 
     events: str | None = None  # a folder or a file of Parquet, on any store; None = `events` in the workspace
-    max_lateness_days: float = Field(3.0, ge=0)  # behind the newest event of the log; what is older is refused
-    # create: a user who stands in no table gets a text of their own; an item that stands in none counts as a
+    max_lateness_days: float = Field(3.0, ge=0)  # behind the newest event of the log; older events are refused
+    # Whose ids in no table are taken in, else refused. Such a user gets a text of their own; such an item counts as a
     # behavior, but has neither a title to quote nor a vector.
-    unknown_users: Literal["create", "refuse"] = "refuse"
-    unknown_items: Literal["create", "refuse"] = "refuse"
-
-    freeze_behaviours: int = Field(6, ge=1)  # so many unread ones are read; more than a prompt holds, by several
+    admit: tuple[Literal["users", "items"], ...] = ()
+    freeze_behaviors: int = Field(6, ge=1)  # unread ones that trigger a new text
     freeze_days: float = Field(7.0, gt=0)  # between the oldest unread behavior and the newest event of all
     partitions: int = Field(4, ge=1, le=256)  # kept vectors per user, newest first; 256: what a release has room for
-    # Calls about users, one per partition; None: about all that is due. Items are asked about beside them.
+    # Calls about users, one per partition; None: no limit. Calls about items are not included.
     budget_calls: int | None = Field(None, ge=0)
 
     @property
@@ -74,18 +71,18 @@ class RefreshConfig(Config):
 # --------------------------------------------------------------------------------------------------------------- events
 
 
-ITEMS = "items"  # the folder of the log that holds rows of the items table: see refresh.items
+ITEMS = "items"  # folder of the log with rows of the items table: see refresh.items
 EVENTS = pa.schema([INTERACTIONS.field(name) for name in ("user_id", "item_id", "rating", "timestamp")])
 REFUSED = EVENTS.append(pa.field("error", pa.string()))
 _KEY = ["user_id", "item_id", "timestamp", "error"]
 _REASONS = {
     "NullField": "user_id, item_id or timestamp is null: write events with all three",
     "NotMilliseconds": "timestamp {timestamp} is not in milliseconds since 1970 (UTC): convert it",
-    "UnclearOutcome": "its label or event is not one that the tables were prepared with: correct it",
+    "UnclearOutcome": "its label or event does not occur in the prepared tables: correct it",
     "TooLate": "timestamp {timestamp} is more than streaming.max_lateness_days older than the newest event of the log",
-    "FromTheFuture": "timestamp {timestamp} lies in the future: correct the clock that it comes from",
-    "UnknownUser": "the users table has no such user: run `prepare` with them, or set streaming.unknown_users",
-    "UnknownItem": "the items table has no item {item_id}: run `prepare` with it, or set streaming.unknown_items",
+    "FromTheFuture": "timestamp {timestamp} is in the future: correct the source's clock",
+    "UnknownUser": "the users table does not have this user: run `prepare` with it, or add users to streaming.admit",
+    "UnknownItem": "the items table has no item {item_id}: run `prepare` with it, or add items to streaming.admit",
 }
 
 
@@ -100,7 +97,7 @@ class Events:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> "Events":
-        """Of a table of EVENTS with nulls among the ratings only. A rating that is not finite is none."""
+        """From a table of EVENTS with nulls only among the ratings. A rating that is not finite becomes none."""
         rating = table["rating"].to_numpy().astype(np.float32)
         rating[~np.isfinite(rating)] = np.nan
         return cls(table["user_id"].to_numpy(), table["item_id"].to_numpy(), rating, table["timestamp"].to_numpy())
@@ -125,14 +122,14 @@ class Events:
 
 
 def canonical(events: Events) -> Events:
-    """By user, time and item, each (user, item, time) once; of several ratings the highest stays."""
-    worth = np.where(np.isnan(events.rating), -np.inf, events.rating)
-    events = events.take(np.lexsort((-worth, events.item, events.time, events.user)))
+    """By user, time and item, each (user, item, time) once; among several ratings the highest stays."""
+    grade = np.where(np.isnan(events.rating), -np.inf, events.rating)
+    events = events.take(np.lexsort((-grade, events.item, events.time, events.user)))
     return events.take(~_repeats(events))
 
 
 def are_among(events: Events, known: Events) -> np.ndarray:
-    """Which events (each once) have a (user, item, time) that stands among `known`: bool [n]."""
+    """Events (each once) whose (user, item, time) is among `known`: bool [n]."""
     both = Events.join([known, events])
     new = np.arange(len(both)) >= len(known)
     order = np.lexsort((new, both.item, both.time, both.user))
@@ -142,7 +139,7 @@ def are_among(events: Events, known: Events) -> np.ndarray:
 
 
 def _repeats(events: Events) -> np.ndarray:
-    """Which events of a sorted sequence have the key of the one before them."""
+    """Events of a sorted sequence with the same key as the previous one."""
     return run_starts(events.user, events.item, events.time) < np.arange(len(events))
 
 
@@ -150,7 +147,7 @@ def _repeats(events: Events) -> np.ndarray:
 
 
 class LogFile(BaseModel):
-    """A file of the log as it was read last."""
+    """A file of the log as last read."""
 
     bytes: int
     e_tag: str
@@ -158,13 +155,13 @@ class LogFile(BaseModel):
     newest: int | None = None  # ms: its largest timestamp
 
     def same(self, file: SourceFile) -> bool:
-        """Whether nobody has written the file since."""
+        """Whether the file is unchanged since then."""
         return (self.bytes, self.e_tag) == (file.bytes, file.e_tag)
 
 
 @dataclass(frozen=True)
 class Log:
-    """The log as it stands now, beside what an earlier refresh read of it."""
+    """The current log, and the state that an earlier refresh read."""
 
     path: str
     table: TableName  # interactions or items
@@ -173,21 +170,21 @@ class Log:
 
     @classmethod
     def events(cls, workspace: Workspace, config: RefreshConfig, known: Mapping[str, LogFile]) -> "Log":
-        """The log of events, without what stands in its folder `items`."""
+        """The log of events, without its folder `items`."""
         log = cls._open(config.events or workspace.path("events"), "interactions", known)
         return replace(log, files={name: f for name, f in log.files.items() if not name.startswith(f"{ITEMS}/")})
 
     @classmethod
     def items(cls, workspace: Workspace, config: RefreshConfig, known: Mapping[str, LogFile]) -> "Log":
-        """The log of items: the folder `items` of that of events."""
+        """The log of items: the folder `items` in that of events."""
         return cls._open(f"{(config.events or workspace.path('events')).rstrip('/')}/{ITEMS}", "items", known)
 
     @classmethod
     def _open(cls, path: str, table: TableName, known: Mapping[str, LogFile]) -> "Log":
-        """Lists the Parquet files of a log, hidden ones left out."""
+        """Lists the Parquet files of a log, without hidden ones."""
         try:
             files = [file for file in input_files(path) if file.path.endswith(".parquet")]
-        except SourceError:  # there are none
+        except SourceError:  # no files
             files = []
         base = path.rstrip("/") if "://" in path else str(Path(path).expanduser().absolute())
         names = [file.path.removeprefix(base).strip("/") or file.path.rpartition("/")[2] for file in files]
@@ -195,16 +192,16 @@ class Log:
 
     @property
     def unread(self) -> dict[str, SourceFile]:
-        """The files that are new or were written again."""
+        """New or rewritten files."""
         return {n: f for n, f in self.files.items() if n not in self.known or not self.known[n].same(f)}
 
     @property
     def kept(self) -> dict[str, LogFile]:
-        """What is known of the other files."""
+        """State of the other files."""
         return {n: self.known[n] for n, f in self.files.items() if n in self.known and self.known[n].same(f)}
 
     def read(self, rows: Mapping[str, int], newest: Mapping[str, int]) -> dict[str, LogFile]:
-        """What is known once the unread files were read, too. rows, newest (ms): by the path of a file."""
+        """State after the unread files are also read. rows, newest (ms): by the path of a file."""
         unread = {
             name: LogFile(bytes=f.bytes, e_tag=f.e_tag, rows=rows[f.path], newest=newest.get(f.path))
             for name, f in self.unread.items()
@@ -212,27 +209,28 @@ class Log:
         return self.kept | unread
 
     def check_watermark(self, newest: int | None, watermark: int | None, restart: str) -> None:
-        """Refuses a log without events, and one that ends before what was taken in already (SourceError).
+        """Refuses a log without events, and one that ends before already read events (SourceError).
 
-        newest: of the unread files. restart: the folder to delete in order to begin again.
+        newest: of the unread files. restart: the folder to delete in order to start over.
         """
         moments = [newest, *(file.newest for file in self.kept.values())]
         newest = max((moment for moment in moments if moment is not None), default=None)
         if watermark is None and newest is None:
             raise SourceError(
-                f"{self.path}: no events are there. Put Parquet files with the columns {', '.join(EVENTS.names)} "
-                "(ms since 1970, UTC) into it, and only ever add to them; or name another place in streaming.events."
+                f"{self.path}: there are no events. Add Parquet files with the columns "
+                f"{', '.join(EVENTS.names)} (ms since 1970, UTC) and never change them; or set another folder "
+                "in streaming.events."
             )
         if watermark is not None and (newest is None or newest < watermark):
             ends = "is empty" if newest is None else f"ends at {_moment(newest)}"
             raise SourceError(
-                f"{self.path}: the log {ends}, but events up to {_moment(watermark)} were taken in: it has lost "
-                "events, or it is another log. Put its files back or correct streaming.events; to begin again, delete "
-                f"{restart}."
+                f"{self.path}: the log {ends}, but events up to {_moment(watermark)} were already read: it has "
+                "lost events, or it is a different log. Restore its files or correct streaming.events; to "
+                f"start over, delete {restart}."
             )
 
     def fragments(self) -> tuple[list[Fragment], dict[str, int]]:
-        """The row groups of the unread files, and the rows of each file by its path. Raises SourceError."""
+        """Row groups of the unread files, and the rows of each file by its path. Raises SourceError."""
         files = list(self.unread.values())
         footers = in_threads(_footer, files)
         fragments = [
@@ -248,14 +246,14 @@ def _footer(file: SourceFile) -> pq.FileMetaData:
 
 @contextmanager
 def open_parquet(file: SourceFile) -> Iterator[pq.ParquetFile]:
-    """A file of the log, open. Raises SourceError where it cannot be read."""
+    """Opens a file of the log. Raises SourceError if it cannot be read."""
     try:
         with file.open() as stream:
             yield pq.ParquetFile(stream)
     except (pa.ArrowInvalid, OSError) as error:
         raise SourceError(
-            f"{file.path}: cannot be read as Parquet ({error}). Write a file of the log under another name and rename "
-            "it when it is whole; remove what is broken."
+            f"{file.path}: cannot be read as Parquet ({error}). Remove it. Write log files under a temporary "
+            "name and rename them when complete."
         ) from error
 
 
@@ -264,12 +262,12 @@ def open_parquet(file: SourceFile) -> Iterator[pq.ParquetFile]:
 
 @dataclass
 class ReadEvents(Stage):
-    """Reads groups of row groups: a file of usable events by bucket of users, and the dead letters of the others."""
+    """Reads groups of row groups: a file of usable events by bucket of users, and dead letters for the others."""
 
     folder: str
     grouping: Grouping
-    known: Mapping[str, int]  # rows of a file, by its path, that an earlier refresh has read
-    horizon: int | None  # ms: what is older is too late, and dead where its row is new
+    known: Mapping[str, int]  # rows of a file read by an earlier refresh, by path
+    horizon: int | None  # ms: older events are too late; new rows become dead letters
     n_shards: int
     labels: Labels
 
@@ -281,7 +279,7 @@ class ReadEvents(Stage):
         usable, dead, newest = [EVENTS.empty_table()], [REFUSED.empty_table()], dict[str, int]()
         for fragment in self.grouping.fragments(work.shard.number):
             table = _read(fragment)
-            # Not left out, since a row's place tells whether it is new.
+            # Not left out, since a row's position shows whether it is new.
             gone = read_tombstones(work.workspace).among(table["user_id"].fill_null(-1).to_numpy())
             good, late, broken = sort_out(table, self.horizon, self.labels)
             good = good & ~gone
@@ -313,7 +311,7 @@ class ReadEvents(Stage):
 
 
 def event_groups(fragments: Sequence[Fragment], n_shards: int) -> Grouping:
-    """How fragments are read: a bucket is a shard of users where there are not too many of those."""
+    """Grouping of fragments: a bucket is a shard of users if there are not too many."""
     return grouped(fragments, None).model_copy(update={"user_buckets": min(n_shards, MAX_BUCKETS)})
 
 
@@ -331,7 +329,7 @@ def _read(fragment: Fragment) -> pa.Table:
 
 
 def sort_out(table: pa.Table, horizon: int | None, labels: Labels) -> tuple[np.ndarray, np.ndarray, pa.Table]:
-    """Which rows can be used, which are too late, and all rows as REFUSED, their `error` null where they are usable."""
+    """Usable rows, late rows, and all rows as REFUSED, with a null `error` if usable."""
     unclear = unclear_outcomes(table, labels)
     null = np.zeros(table.num_rows, dtype=bool)
     for column in ("user_id", "item_id", "timestamp"):
@@ -349,7 +347,7 @@ def sort_out(table: pa.Table, horizon: int | None, labels: Labels) -> tuple[np.n
 
 
 def unclear_outcomes(table: pa.Table, labels: Labels) -> np.ndarray:
-    """Which events do not say what became of them where the label rule asks for it: bool [n]."""
+    """Events without a clear result, if the label rule needs one: bool [n]."""
     if labels.rule != "column":
         return np.zeros(table.num_rows, dtype=bool)
     if labels.events:
@@ -362,7 +360,7 @@ def unclear_outcomes(table: pa.Table, labels: Labels) -> np.ndarray:
 
 
 def taken_in(table: pa.Table, labels: Labels) -> np.ndarray:
-    """Which events tell of something that their user took, bool [n]: what was passed over is not read as a behavior."""
+    """Events that their user took, bool [n]: passed-over ones are not read as behaviors."""
     if labels.rule != "column":
         return np.ones(table.num_rows, dtype=bool)
     if labels.events:
@@ -373,21 +371,21 @@ def taken_in(table: pa.Table, labels: Labels) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Buckets:
-    """What ReadEvents left, for the shards of users to read."""
+    """Output of ReadEvents, for the shards of users."""
 
     folder: str
     n_buckets: int
     n_shards: int
     newest_by_group: dict[int, int]
     newest_by_file: dict[str, int]
-    _holds: dict[int, bytes] = field(repr=False)  # by group: a bit for each shard that has an event in it
+    _holds: dict[int, bytes] = field(repr=False)  # by group: one bit per shard with events
 
     @classmethod
     def of(cls, folder: str, n_shards: int, cards: Iterable[Card]) -> "Buckets":
         """From the stage's cards."""
         by_group, by_file, holds = {}, dict[str, int](), {}
         for card in cards:
-            group, newest = Shard.of_name(card.shard).number, json.loads(str(card.counts["newest"]))
+            group, newest = Shard.from_name(card.shard).number, json.loads(str(card.counts["newest"]))
             by_group[group] = max(newest.values(), default=0)
             by_file |= {path: max(moment, by_file.get(path, 0)) for path, moment in newest.items()}
             holds[group] = base64.b64decode(str(card.counts["shards"]))
@@ -395,18 +393,18 @@ class Buckets:
 
     @property
     def newest(self) -> int | None:
-        """The largest timestamp that was read."""
+        """Largest timestamp read."""
         return max(self.newest_by_file.values(), default=None)
 
     def shards(self) -> list[int]:
-        """The shards that have events, ascending."""
+        """Shards with events, ascending."""
         bits = np.zeros(-(-self.n_shards // 8), dtype=np.uint8)
         for holds in self._holds.values():
             bits |= np.frombuffer(holds, dtype=np.uint8)
         return np.flatnonzero(np.unpackbits(bits)[: self.n_shards]).tolist()
 
     def read(self, workspace: Workspace, shard: int) -> Events:
-        """The events of one shard, in the order of the log."""
+        """Events of one shard, in log order."""
         groups = [g for g, holds in self._holds.items() if holds[shard >> 3] >> (7 - (shard & 7)) & 1]
         bucket = [shard & (self.n_buckets - 1)]
         tables = [EVENTS.empty_table()]
@@ -416,7 +414,7 @@ class Buckets:
         return events.take(shard_of(events.user, self.n_shards) == shard)
 
     def newest_until(self, workspace: Workspace, limit: int) -> int | None:
-        """The largest timestamp (ms) up to `limit`. Reads only groups that hold later ones: those of broken clocks."""
+        """Largest timestamp (ms) up to `limit`. Reads only groups with later ones, which come from broken clocks."""
         moments = []
         for group, newest in self.newest_by_group.items():
             if newest > limit:
@@ -433,8 +431,8 @@ class Buckets:
 # What is taken in
 
 
-def part_future(events: Events, now: int) -> tuple[Events, pa.Table]:
-    """The events up to now (ms), and those from the future as REFUSED."""
+def split_future(events: Events, now: int) -> tuple[Events, pa.Table]:
+    """Events up to now (ms), and those from the future as REFUSED."""
     future = events.time > now + FUTURE_MS
     return events.take(~future), events.take(future).refused("FromTheFuture")
 
@@ -442,17 +440,14 @@ def part_future(events: Events, now: int) -> tuple[Events, pa.Table]:
 def admit(
     events: Events, known: Events, users: np.ndarray, items: np.ndarray, config: RefreshConfig
 ) -> tuple[Events, pa.Table]:
-    """The events (each once) that are new, and those that are refused as REFUSED.
+    """New events (each once), and refused ones as REFUSED.
 
-    known: what was taken in before. users, items: the known ids, ascending.
+    known: accepted before. users, items: the known ids, ascending.
     """
     events = events.take(~are_among(events, known))
     refused = []
-    for column, ids, rule, error in (
-        ("user", users, config.unknown_users, "UnknownUser"),
-        ("item", items, config.unknown_items, "UnknownItem"),
-    ):
-        if rule == "refuse":
+    for column, ids, error in (("user", users, "UnknownUser"), ("item", items, "UnknownItem")):
+        if f"{column}s" not in config.admit:
             there = rows_of(ids, getattr(events, column)) >= 0
             refused.append(events.take(~there).refused(error))
             events = events.take(there)
@@ -460,7 +455,7 @@ def admit(
 
 
 def new_refusals(refused: pa.Table, before: pa.Table) -> pa.Table:
-    """Those of `refused` that were not refused before for the same reason, in canonical order."""
+    """Those of `refused` that were not already refused for the same reason, in canonical order."""
     new = refused.join(before.select(_KEY), keys=_KEY, join_type="left anti").select(REFUSED.names).cast(REFUSED)
     return new.take(pc.sort_indices(new, sort_keys=[(name, "ascending") for name in _KEY]))
 
@@ -485,7 +480,7 @@ def dead_letters(refused: pa.Table) -> pa.Table:
 
 
 def count_errors(letters: pa.Table) -> dict[str, int]:
-    """How many dead letters there are, altogether and by error, as a card counts them."""
+    """Number of dead letters in total and by error, for a card."""
     by_error = {f"refused_{v['values']}": v["counts"] for v in pc.value_counts(letters["error"]).to_pylist()}
     return {"refused": letters.num_rows, **by_error}
 

@@ -1,7 +1,7 @@
-"""A shard of users moved on: their new events go into short terms, and the partitions of those due are candidates.
+"""Updates a shard of users: new events go into short terms, and the partitions due become candidates.
 
 A worker holds the users of one shard, the items' titles and the parent release. Candidates are written with their
-priorities, and the card counts those by bin, so that the budget is divided without bringing users together.
+priorities, and the card counts those by bin, so the budget is divided without gathering users.
 """
 
 import json
@@ -27,65 +27,67 @@ from owlrec.refresh.events import (
     count_errors,
     dead_letters,
     new_refusals,
-    part_future,
+    split_future,
 )
 from owlrec.refresh.items import with_new_items
-from owlrec.refresh.partitions import (
+from owlrec.refresh.state import (
     Behavior,
+    RefreshPlan,
+    RefreshPrompts,
+    State,
     UserState,
     behaviors,
     bootstrap,
     due_at,
+    due_reason,
     known_keys,
     renewed_behaviors,
     take_in,
     to_table,
-    why_due,
 )
-from owlrec.refresh.state import RefreshPlan, RefreshPrompts, State
 from owlrec.releases.release import Release, open_release
 from owlrec.runner import Result, Stage, Work
 from owlrec.schema import HISTORIES, INTERACTIONS, USERS
 from owlrec.shards import Card, Shard
-from owlrec.sources.catalog import ItemCatalog
 from owlrec.sources.outcomes import taken
+from owlrec.sources.splits import ItemCatalog
 from owlrec.workspace import Workspace
 
 # --------------------------------------------------------------------------------------------------------------- budget
-# What a refresh asks: calls go where drift times activity is greatest, ties to the smaller id.
+# Selection of a refresh's prompts: users with the highest drift times activity come first, ties by smaller id.
 #
-# A long backlog takes several calls, one per partition, of which each is worth less than the one before: less is
+# A long backlog takes several calls, one per partition, each worth less than the previous one, because less is
 # unread by then. So the budget may end in the middle of a backlog, and the rest waits.
 #
-# The choice is a threshold over all shards' candidates, found without bringing them together: shards count theirs by
-# the first digits of their rank, and only the bin in which the budget ends is read, digit by digit, as a radix sort
-# would.
+# The selection is a threshold over all shards' candidates, found without gathering them: shards count theirs by
+# the first digits of their rank, and only the bin with the threshold is read, digit by digit, as in a radix
+# sort.
 
 
-# A partition to freeze.
+# A partition due to be frozen.
 DUE = pa.schema(
     [
         ("user_id", pa.int64()),
-        ("partition", pa.int32()),  # which of the user's, from 0
-        ("end", pa.int32()),  # how much of the short term is read once it is
+        ("partition", pa.int32()),  # number within the user, from 0
+        ("end", pa.int32()),  # length of the short term read after it
         ("reason", pa.string()),
         ("drift", pa.float32()),
         ("priority", pa.float64()),
     ]
 )
-_AT_ONCE = 1 << 20  # candidates that are sorted in memory
+_AT_ONCE = 1 << 20  # candidates sorted in memory
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The last partition that is asked about."""
+    """The last partition within the budget."""
 
     priority: float
     user_id: int
     partition: int
 
     def admits(self, due: pa.Table) -> np.ndarray:
-        """Which rows of DUE are asked about: bool [n]."""
+        """Rows of DUE within the budget: bool [n]."""
         priority, ids, partition = (due[name].to_numpy() for name in ("priority", "user_id", "partition"))
         earlier = (ids < self.user_id) | ((ids == self.user_id) & (partition <= self.partition))
         return (priority > self.priority) | ((priority == self.priority) & earlier)
@@ -96,9 +98,9 @@ NOBODY = Cut(np.inf, 0, 0)
 
 
 def rank_digits(due: pa.Table) -> np.ndarray:
-    """The rank of candidates (DUE) as nine digits of 16 bits: int64 [n, 9], smaller ones first.
+    """Rank of candidates (DUE) as nine digits of 16 bits: int64 [n, 9], smaller ones first.
 
-    The bits of a float that is not negative ascend as it does: four digits of the priority, inverted, four of the id,
+    The bits of a non-negative float ascend with its value: four digits of the priority, inverted, four of the id,
     one of the partition.
     """
     priority = np.abs(due["priority"].to_numpy())  # -0.0 is 0.0
@@ -108,16 +110,16 @@ def rank_digits(due: pa.Table) -> np.ndarray:
 
 
 def budget_cut(workspace: Workspace, folder: str, cards: Mapping[str, Card], budget: int | None) -> Cut:
-    """Where the budget (None: no end) ends among the candidates of all shards.
+    """The end of the budget (None: unlimited) among the candidates of all shards.
 
-    folder, cards: of InterestsStage. Holds a million candidates at most, whatever their number.
+    folder, cards: of InterestsStage. Holds at most a million candidates, however many there are.
     """
     if budget == 0:
         return NOBODY
     bins = {name: json.loads(str(card.counts["bins"])) for name, card in cards.items() if card.counts["due"]}
     counts: Counter[int] = Counter()
-    for of_shard in bins.values():
-        counts.update({int(digit): n for digit, n in of_shard.items()})
+    for shard_bins in bins.values():
+        counts.update({int(digit): n for digit, n in shard_bins.items()})
     if budget is None or counts.total() <= budget:
         return EVERYONE
     prefix: list[int] = []
@@ -130,7 +132,7 @@ def budget_cut(workspace: Workspace, folder: str, cards: Mapping[str, Card], bud
             left -= counts[digit]
         prefix.append(digit)
         if len(prefix) == 1:
-            holders = [Shard.of_name(name) for name, of_shard in bins.items() if str(digit) in of_shard]
+            holders = [Shard.from_name(name) for name, shard_bins in bins.items() if str(digit) in shard_bins]
             files = [f"{folder}/due/{shard.file()}" for shard in holders]
         tables = _with_prefix(workspace, files, prefix)
         if counts[digit] <= _AT_ONCE:
@@ -141,7 +143,7 @@ def budget_cut(workspace: Workspace, folder: str, cards: Mapping[str, Card], bud
 
 
 def _with_prefix(workspace: Workspace, files: list[str], prefix: list[int]) -> Iterator[pa.Table]:
-    """The candidates whose rank begins so."""
+    """Candidates whose rank has this prefix."""
     for file in files:
         due = workspace.read_parquet(file)
         yield due.filter(pa.array((rank_digits(due)[:, : len(prefix)] == prefix).all(axis=1)))
@@ -155,13 +157,13 @@ def _last(due: pa.Table, n: int) -> Cut:
 
 
 # ---------------------------------------------------------------------------------------------------------------- drift
-# How far a user's unread behaviors lie from what they did before, and what a call of the LLM is worth.
+# Drift: the distance of a user's unread behaviors from earlier ones, and the value of an LLM call.
 #
-# An interest is two sums of item vectors: of what was liked, weighted by rating, and of what was graded no higher than
-# the scenario's bound. In one sum they would cancel wherever a user likes and dislikes films of one kind. Drift is one
-# minus the cosine between the interest of the short term and that of everything read, the larger one of the two sides.
-# Where neither side can be compared, since one interest has no vectors of it, all is new (1.0): a user who comes to
-# dislike what they liked has drifted.
+# An interest is two sums of item vectors: of liked items, weighted by rating, and of items rated at or below
+# the scenario's bound. In one sum they would cancel if a user likes and dislikes films of one kind. Drift is one
+# minus the cosine between the interest of the short term and that of everything read, the larger value of the two
+# sides. If neither side can be compared, because one interest has no vectors of it, everything is new (1.0): a user who
+# comes to dislike former likes has drifted.
 
 
 # Vectors of item ids int64 [n]: (float32 [n, d], mask bool [n]); KnowledgeStore.vectors of kind "item" is one.
@@ -172,11 +174,11 @@ _UNKNOWN = 1.0
 def sum_vectors(
     items: np.ndarray, ratings: np.ndarray, lengths: np.ndarray, gather: Gather, liked_above: float
 ) -> np.ndarray:
-    """The interest of each list: float32 [m, 2, d], the weighted sum of what was liked, then that of what was not.
+    """Interest of each list: float32 [m, 2, d], the weighted sum of liked items, then that of disliked items.
 
-    items, ratings: int64 and float [n], all lists one after another; lengths: int [m]. What was liked has a rating
-    above `liked_above`, by which it is weighted, or none (NaN) and weight 1; what was not has weight 1. An item without
-    a finite vector has weight 0.
+    items, ratings: int64 and float [n], all lists concatenated; lengths: int [m]. Liked items have a rating
+    above `liked_above`, which is their weight, or none (NaN) and weight 1; disliked items have weight 1. An item
+    without a finite vector has weight 0.
     """
     ids, place = np.unique(items, return_inverse=True)
     vectors, known = gather(ids)
@@ -186,29 +188,29 @@ def sum_vectors(
     weights *= known[place]
     sums = np.zeros((len(lengths), 2, vectors.shape[1]), dtype=np.float32)
     bounds = np.r_[0, np.cumsum(lengths)].astype(np.int64)
-    for row, (start, end) in enumerate(pairwise(bounds)):  # bounds what is in memory at once
+    for row, (start, end) in enumerate(pairwise(bounds)):  # bounds memory
         used = start + np.flatnonzero(weights[start:end])
-        for side in (0, 1):
-            mine = used[disliked[used] == bool(side)]
-            sums[row, side] = (weights[mine, None] * vectors[place[mine]]).sum(axis=0)
+        for facet in (0, 1):
+            mine = used[disliked[used] == bool(facet)]
+            sums[row, facet] = (weights[mine, None] * vectors[place[mine]]).sum(axis=0)
     return sums
 
 
 def drifts(unread: np.ndarray, read: np.ndarray) -> np.ndarray:
-    """Of each pair of interests 1 - cosine of the side that differs more: float64 [n] in [0, 2].
+    """For each pair of interests, 1 - cosine of the side that differs more: float64 [n] in [0, 2].
 
-    unread, read: float [n, 2, d]. A side that has no length in either is left out; 1.0 where both are.
+    unread, read: float [n, 2, d]. A side with zero length in either is ignored; 1.0 if both are.
     """
     unread, read = unread.astype(np.float64), read.astype(np.float64)
     lengths = np.linalg.norm(unread, axis=2) * np.linalg.norm(read, axis=2)
     comparable = lengths > 0
     cosine = (unread * read).sum(axis=2) / np.where(comparable, lengths, 1.0)
-    of_sides = np.where(comparable, 1.0 - np.clip(cosine, -1.0, 1.0), -1.0)
-    return np.where(comparable.any(axis=1), of_sides.max(axis=1), _UNKNOWN)
+    facet_drift = np.where(comparable, 1.0 - np.clip(cosine, -1.0, 1.0), -1.0)
+    return np.where(comparable.any(axis=1), facet_drift.max(axis=1), _UNKNOWN)
 
 
 def priorities(drift: np.ndarray, n_unread: np.ndarray) -> np.ndarray:
-    """What a call about each user is worth: drift times activity, log(1 + unread behaviors)."""
+    """Value of a call per user: drift times activity, log(1 + unread behaviors)."""
     return drift * np.log1p(n_unread)
 
 
@@ -218,23 +220,23 @@ def priorities(drift: np.ndarray, n_unread: np.ndarray) -> np.ndarray:
 _SCHEMAS = {"users": USERS, "interactions": INTERACTIONS, "histories": HISTORIES}
 
 
-class Resources:
-    """What all shards of a process share, loaded when it is first needed. Pickling leaves what was loaded behind."""
+class RefreshResources:
+    """Resources shared by all shards of a process, loaded on first use. Pickling drops loaded ones."""
 
     def __init__(self, workspace: Workspace, plan: RefreshPlan) -> None:
         self.workspace, self.plan = workspace, plan
 
-    def __reduce__(self) -> tuple[type["Resources"], tuple[Workspace, RefreshPlan]]:
-        return Resources, (self.workspace, self.plan)
+    def __reduce__(self) -> tuple[type["RefreshResources"], tuple[Workspace, RefreshPlan]]:
+        return RefreshResources, (self.workspace, self.plan)
 
     @cached_property
     def catalog(self) -> ItemCatalog:
-        """The titles of all items, those that the plan brings included."""
+        """Titles of all items, including those of the plan."""
         return with_new_items(self.workspace, self.plan)
 
     @cached_property
     def release(self) -> Release:
-        """The release that the plan builds on, open."""
+        """The plan's base release, opened."""
         return open_release(self.workspace, self.plan.parent, verify=False)
 
     def item_vectors(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -249,7 +251,7 @@ class Resources:
 
 
 class InterestsStage(Stage):
-    """Shards of users: their next states, candidates, and what of their events is refused."""
+    """Shards of users: their next states, candidates, and refused events."""
 
     name = "interests"
 
@@ -260,7 +262,7 @@ class InterestsStage(Stage):
         buckets: Buckets,
         config: RefreshConfig,
         prompts: RefreshPrompts,
-        resources: Resources,
+        resources: RefreshResources,
     ) -> None:
         self.folder = plan.part("interests")
         self.plan, self.base, self.buckets, self.config = plan, base, buckets, config
@@ -308,7 +310,7 @@ class InterestsStage(Stage):
     def _admitted(
         self, tables: "PreparedShard", users: Mapping[int, UserState]
     ) -> tuple[Events, pa.Table, pa.Table, dict[str, float | int | str]]:
-        """The events that are new, those that may be taken in later, dead letters, and counts."""
+        """New events, events that may be accepted later, dead letters, and counts."""
         workspace, number = tables.workspace, tables.number
         before = self.base.read_deferred(workspace, number)
         new = self.buckets.read(workspace, number)
@@ -317,7 +319,7 @@ class InterestsStage(Stage):
             earlier = earlier.take(earlier.time >= self.base.watermark - self.plan.lateness_ms)
         events = canonical(Events.join([new, earlier]))
         twice = len(new) + len(earlier) - len(events)
-        events, future = part_future(events, self.plan.now)
+        events, future = split_future(events, self.plan.now)
         strangers = np.setdiff1d(events.user, list(users))
         acting = set(events.user.tolist())
         known = Events.join([known_keys(u for i, u in users.items() if i in acting), tables.interactions(strangers)])
@@ -337,24 +339,24 @@ class InterestsStage(Stage):
 
 @dataclass(frozen=True)
 class PreparedShard:
-    """What the prepared tables know of users of a shard whom no refresh has met."""
+    """The prepared tables' data about a shard's users that no refresh has seen."""
 
     workspace: Workspace
     number: int
 
     def known_users(self, ids: np.ndarray) -> np.ndarray:
-        """Those of `ids` that the users table holds, ascending."""
+        """Those of `ids` in the users table, ascending."""
         return np.unique(self._rows("users", ids, ["user_id"])["user_id"].to_numpy())
 
     def interactions(self, ids: np.ndarray) -> Events:
-        """All that the users `ids` took, by user."""
+        """All interactions of the users `ids`, by user."""
         rows = self._rows("interactions", ids, INTERACTIONS.names)
         rows = rows.filter(pa.array(taken(rows["rating"].to_numpy(), rows["label"].to_numpy())))
         events = Events.from_table(rows.select(EVENTS.names))
         return events.take(np.argsort(events.user, kind="stable"))
 
     def histories(self, ids: np.ndarray) -> dict[int, dict[str, Any]]:
-        """What the LLM has read of the users `ids` (schema.HISTORIES), by user."""
+        """Histories of the users `ids` that the LLM has read (schema.HISTORIES), by user."""
         rows = self._rows("histories", ids, ["user_id", "as_of", "items", "ratings"])
         return {row["user_id"]: row for row in rows.to_pylist()}
 
@@ -373,10 +375,10 @@ def advance(
     gather: Gather,
     liked_above: float,
 ) -> dict[int, UserState]:
-    """All users of a shard with their new events, by id, ascending.
+    """All users of a shard with new events, by id, ascending.
 
-    users: those whom an earlier refresh has met. events: new ones of this shard, in canonical order. horizon: see
-    partitions.take_in. liked_above: see drift.sum_vectors.
+    users: those seen by an earlier refresh. events: new ones of this shard, in canonical order. horizon: see
+    state.take_in. liked_above: see drift.sum_vectors.
     """
     ids, starts = np.unique(events.user, return_index=True)
     moved = dict(users) | _bootstrap(tables, np.setdiff1d(ids, list(users)), horizon, gather, liked_above)
@@ -394,9 +396,9 @@ def assess(
     catalog: ItemCatalog,
     gather: Gather,
 ) -> tuple[pa.Table, int | None]:
-    """The partitions that are due (DUE), and when the next short term will be by its age alone (ms, None: never).
+    """Partitions that are due (DUE), and when the next short term becomes due by age alone (ms, None: never).
 
-    A short term of which no item has a title is not due: there would be nothing to quote.
+    A short term without any item title is not due, since there is nothing to quote.
     """
     unread = [u for u in users if u.short]
     if not unread:
@@ -411,22 +413,22 @@ def assess(
     titles, starts = catalog.titles(items), np.cumsum(lengths) - lengths
     due, waits = [], []
     for row, user in enumerate(unread):
-        ends = parted(user.short, titles[starts[row] : starts[row] + lengths[row]], prompts)
+        ends = question_ends(user.short, titles[starts[row] : starts[row] + lengths[row]], prompts)
         if not ends:
             continue
-        if reason := why_due(user, float(drift[row]), clock, config):
-            worth = priorities(drift[row], lengths[row] - np.array([0, *ends[:-1]]))
-            due += [(user.user_id, n, end, reason, drift[row], worth[n]) for n, end in enumerate(ends)]
+        if reason := due_reason(user, float(drift[row]), clock, config):
+            ranked = priorities(drift[row], lengths[row] - np.array([0, *ends[:-1]]))
+            due += [(user.user_id, n, end, reason, drift[row], ranked[n]) for n, end in enumerate(ends)]
         else:
             waits.append(due_at(user, config))
     columns = [pa.array([row[i] for row in due], f.type) for i, f in enumerate(DUE)]
     return pa.table(columns, schema=DUE), min((moment for moment in waits if moment is not None), default=None)
 
 
-def parted(short: Sequence[Behavior], titles: Sequence[str], prompts: RefreshPrompts) -> list[int]:
-    """Where the partitions of a short term end, each as long as a prompt may quote; none where no item has a title.
+def question_ends(short: Sequence[Behavior], titles: Sequence[str], prompts: RefreshPrompts) -> list[int]:
+    """Ends of a short term's partitions, each as long as a prompt may quote; none without any item title.
 
-    titles: aligned with `short`, "" for none. A behavior without one belongs to the partition before it.
+    titles: aligned with `short`, "" for none. A behavior without one belongs to the preceding partition.
     """
     titled = [place for place, title in enumerate(titles) if title]
     ends = prompts.ends([(titles[place], short[place].rating) for place in titled])
@@ -434,7 +436,7 @@ def parted(short: Sequence[Behavior], titles: Sequence[str], prompts: RefreshPro
 
 
 def short_columns(users: Sequence[UserState]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Items, ratings (NaN: none) and lengths of the short terms, one after another."""
+    """Items, ratings (NaN: none) and lengths of the short terms, concatenated."""
     flat = [b for user in users for b in user.short]
     return (
         np.array([b.item for b in flat], dtype=np.int64),
@@ -446,7 +448,7 @@ def short_columns(users: Sequence[UserState]) -> tuple[np.ndarray, np.ndarray, n
 def _bootstrap(
     tables: PreparedShard, ids: np.ndarray, horizon: int | None, gather: Gather, liked_above: float
 ) -> dict[int, UserState]:
-    """Users whom no refresh has met, by id."""
+    """Users that no refresh has seen, by id."""
     if not len(ids):
         return {}
     done, histories = tables.interactions(ids), tables.histories(ids)

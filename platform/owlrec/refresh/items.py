@@ -1,10 +1,10 @@
-"""New and changed items: a log of rows of the items table, which `prepare` need not run again for.
+"""New and changed items: a log of rows of the items table that does not need another `prepare`.
 
 Others add Parquet files to the folder `items` of the log of events, with `item_id`, `timestamp` (ms since 1970, UTC: of
-the row, not of the item), `title` and the table's attributes. A row takes the place of the item's whole row; of several
-the one with the latest timestamp stays, so that neither the order of files nor a second reading matters. The rows that
-stand lie in `refresh/items`, by shard, over the prepared table (Workspace.read_shard), and win over whatever `prepare`
-reads later. They get there once the release with their texts is current; until then they are the plan's.
+the row, not of the item), `title` and the table's attributes. A row replaces the item's earlier row; among several, the
+latest timestamp wins, so neither the order of files nor reading one twice matters. The accepted rows
+are in `refresh/items`, by shard, on top of the prepared table (Workspace.read_shard), and override later `prepare`
+runs. They are moved there once the release with their texts is current; until then they are the plan's.
 """
 
 import base64
@@ -17,32 +17,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.prompting.framework import FrameworkName
-from owlrec.prompting.rows import Prompt, UnusableRow, item_prompts, prompts_table
+from owlrec.ids import shard_of
+from owlrec.prompting.frameworks import FrameworkName
+from owlrec.prompting.prompts import Prompt, UnusableRow, item_prompts, prompts_table
 from owlrec.refresh.events import open_parquet
 from owlrec.refresh.state import RefreshPlan
 from owlrec.runner import Result, Stage, Work
 from owlrec.scenario import Scenario
-from owlrec.schema import DEAD_LETTERS, MILLISECONDS, missing_column, shard_of
+from owlrec.schema import DEAD_LETTERS, MILLISECONDS, missing_column
 from owlrec.shards import Artifact, Card, Shard
-from owlrec.sources.catalog import ItemCatalog
-from owlrec.sources.files import SourceFile
-from owlrec.sources.ingest import MAX_BUCKETS, Grouping, bucket_file, grouped, read_batches, write_buckets
+from owlrec.sources.preparation import MAX_BUCKETS, Grouping, bucket_file, grouped, read_batches, write_buckets
 from owlrec.sources.raw import Fragment, entities_piece
-from owlrec.sources.tabular import to_milliseconds
+from owlrec.sources.splits import ItemCatalog
+from owlrec.sources.tabular import SourceFile, to_milliseconds
 from owlrec.workspace import ITEM_UPDATES, Workspace, as_texts, shard_file, table_file
 
 _NEEDED = ("item_id", "timestamp", "title")
-# What is kept beside a row of the items table: its timestamp, and whether the text about it is still to be written.
+# Stored with a row of the items table: its timestamp, and whether its text is still to be written.
 _MOMENT, _UNWRITTEN = pa.field("updated_ms", pa.int64()), pa.field("unwritten", pa.bool_())
-_FILE, _ROW = pa.field("file", pa.string()), pa.field("row", pa.int64())  # where it stands in the log
+_FILE, _ROW = pa.field("file", pa.string()), pa.field("row", pa.int64())  # position in the log
 _REASONS = {
     "NullField": "item_id or timestamp is null or empty: write rows with both",
     "NotMilliseconds": "the timestamp is not in milliseconds since 1970 (UTC): convert it",
     "UndecodableText": "a text is not valid UTF-8: correct it",
-    "FromTheFuture": "the timestamp lies in the future: correct the clock that it comes from and send the row again",
+    "FromTheFuture": "the timestamp is in the future: correct the source's clock and send the row again",
     "OversizedText": "{other}",
-    "SameId": "another item with the raw id '{other}' has the same number: rename one of them (a prefix is enough)",
+    "SameId": "another item with the raw id '{other}' has the same numeric id: rename one of them (a prefix is enough)",
 }
 
 
@@ -62,11 +62,11 @@ def _letters(rows: Sequence[tuple[Any, ...]]) -> pa.Table:
 
 @dataclass
 class ReadItems(Stage):
-    """Reads groups of row groups: a file of usable rows by bucket of items, and the dead letters of the others."""
+    """Reads groups of row groups: a file of usable rows by bucket of items, and dead letters for the others."""
 
     folder: str
     grouping: Grouping
-    known: Mapping[str, int]  # rows of a file, by its path, that an earlier refresh has read
+    known: Mapping[str, int]  # rows of a file read by an earlier refresh, by path
     n_shards: int
 
     name = "item log"
@@ -97,9 +97,9 @@ class ReadItems(Stage):
 
 
 def read_fragment(fragment: Fragment, schema: pa.Schema) -> tuple[pa.Table, list[tuple[int, tuple[Any, ...]]]]:
-    """The usable rows of some row groups as the items table has them, and which rows are dead, with their letters.
+    """Usable rows of some row groups in the form of the items table, and dead rows with their letters.
 
-    schema: of the items table; further columns of the log are left out, and what the log lacks is empty.
+    schema: of the items table; extra columns of the log are dropped, and missing ones are empty.
     """
     with open_parquet(SourceFile(fragment.path, fragment.bytes, "")) as parquet:
         names = parquet.schema_arrow.names
@@ -133,7 +133,7 @@ def _log_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def _undecodable(table: pa.Table) -> np.ndarray:
-    """Which rows hold a text that is not valid UTF-8: bool [n]."""
+    """Rows with a text that is not valid UTF-8: bool [n]."""
     bad = np.zeros(table.num_rows, dtype=bool)
     try:
         table.to_pylist()
@@ -147,34 +147,34 @@ def _undecodable(table: pa.Table) -> np.ndarray:
 
 
 def item_groups(fragments: Sequence[Fragment], n_shards: int) -> Grouping:
-    """How fragments of the log are read: a bucket is a shard of items where there are not too many of those."""
+    """Grouping of the log's fragments: a bucket is a shard of items if there are not too many."""
     return grouped(fragments, None).model_copy(update={"item_buckets": min(n_shards, MAX_BUCKETS)})
 
 
 @dataclass(frozen=True)
 class ItemBuckets:
-    """What ReadItems left, for the shards of items to read."""
+    """Output of ReadItems, for the shards of items."""
 
     folder: str
     n_shards: int
-    holds: Mapping[int, bytes]  # by group: a bit for each shard that has a row in it
+    holds: Mapping[int, bytes]  # by group: one bit per shard with rows
 
     @classmethod
     def of(cls, workspace: Workspace, folder: str, n_shards: int) -> "ItemBuckets":
         """From the stage's cards."""
         cards = Artifact(workspace, folder).cards().values()
-        return cls(folder, n_shards, {Shard.of_name(c.shard).number: _bits(c) for c in cards})
+        return cls(folder, n_shards, {Shard.from_name(c.shard).number: _bits(c) for c in cards})
 
     @property
     def shards(self) -> list[int]:
-        """The shards that have rows, ascending."""
+        """Shards with rows, ascending."""
         bits = np.zeros(-(-self.n_shards // 8), dtype=np.uint8)
         for held in self.holds.values():
             bits |= np.frombuffer(held, dtype=np.uint8)
         return np.flatnonzero(np.unpackbits(bits)[: self.n_shards]).tolist()
 
     def read(self, workspace: Workspace, shard: int, schema: pa.Schema) -> pa.Table:
-        """The rows of one shard. schema: of the items table."""
+        """Rows of one shard. schema: of the items table."""
         n_buckets = min(self.n_shards, MAX_BUCKETS)
         tables = [_log_schema(schema).empty_table()]
         for group, held in self.holds.items():
@@ -189,18 +189,18 @@ def _bits(card: Card) -> bytes:
     return base64.b64decode(str(card.counts["shards"]))
 
 
-# What stands, and what is to be asked
+# Accepted rows and their prompts
 
 
 class ItemsStage(Stage):
-    """Shards of items: the rows of the log that stand, and the prompts about those that say something new."""
+    """Shards of items: accepted rows of the log, and prompts for changed ones."""
 
     name = "items"
 
     def __init__(
         self, plan: RefreshPlan, log: ItemBuckets, scenario: Scenario, framework: FrameworkName, latest: int
     ) -> None:
-        """latest: ms; what is later is from the future."""
+        """latest: ms; later rows are from the future."""
         self.folder, self.log = plan.part("items"), log
         self.scenario, self.framework, self.latest = scenario, framework, latest
 
@@ -220,13 +220,13 @@ class ItemsStage(Stage):
         asked = [*self._changed(table, current, moments), *self._usable(left)]
         files = {}
         work.check()
-        for path, of_path in (
+        for path, content in (
             (f"rows/{shard.file()}", table if table.num_rows else None),
             (f"prompts/{shard.file()}", prompts_table(sorted(asked, key=lambda p: p.id)) if asked else None),
             (f"dead/{shard.file()}", _letters(letters) if letters else None),
         ):
-            if of_path is not None:
-                files[path] = workspace.write_parquet(work.artifact.path(path), of_path)
+            if content is not None:
+                files[path] = workspace.write_parquet(work.artifact.path(path), content)
         counts = {
             "items_new": sum(row["item_id"] not in raw_ids for row in rows),
             "items_refused": len(letters),
@@ -237,9 +237,9 @@ class ItemsStage(Stage):
     def _standing(
         self, log: pa.Table, raw_ids: dict[int, str], moments: Mapping[int, dict[str, Any]]
     ) -> tuple[list[dict[str, Any]], list[tuple[Any, ...]]]:
-        """The rows that take the place of what is known, one per item, and the dead letters of those that cannot.
+        """Rows that replace stored ones, one per item, and dead letters of invalid ones.
 
-        raw_ids: of the items that are known. moments: what stands over the prepared table.
+        raw_ids: of known items. moments: of the rows on top of the prepared table.
         """
         rows, letters = dict[int, dict[str, Any]](), list[tuple[Any, ...]]()
         asked = item_prompts(log, self.scenario, self.framework)
@@ -259,7 +259,7 @@ class ItemsStage(Stage):
         return list(rows.values()), sorted(letters, key=lambda letter: letter[1:6])
 
     def _changed(self, rows: pa.Table, current: pa.Table, moments: Mapping[int, dict[str, Any]]) -> Iterator[Prompt]:
-        """The prompts about rows that ask anything other than those before them, or what was never answered."""
+        """Prompts that differ from the previous ones or were never answered."""
         before = {prompt.id: prompt.text for prompt in self._usable(current)}
         for prompt in self._usable(rows):
             unwritten = moments.get(prompt.id, {}).get("unwritten", False)
@@ -267,18 +267,18 @@ class ItemsStage(Stage):
                 yield prompt
 
     def _usable(self, items: pa.Table) -> Iterable[Prompt]:
-        """The prompts about rows of the items table, but for those of which none can be made."""
+        """Prompts for rows of the items table, where possible."""
         prompts = item_prompts(items, self.scenario, self.framework)
         return (prompt for prompt in prompts if isinstance(prompt, Prompt))
 
 
 def _order(row: Mapping[str, Any]) -> tuple[int, str]:
-    """What decides between two rows of an item: the later one stays, of the same moment always the same one."""
+    """Order of two rows of an item: the later one wins, and ties are broken consistently."""
     return row["updated_ms"], json.dumps(row, sort_keys=True, default=str)
 
 
 def read_updates(workspace: Workspace, number: int, schema: pa.Schema) -> pa.Table:
-    """The rows of a shard of items that stand over the prepared table, in its columns, then _MOMENT and _UNWRITTEN."""
+    """Rows of a shard of items on top of the prepared table, in its columns, then _MOMENT and _UNWRITTEN."""
     path = f"{ITEM_UPDATES}/item/{shard_file(number)}"
     kept = pa.schema([*schema, _MOMENT, _UNWRITTEN])
     if workspace.entry(path) is None:
@@ -288,13 +288,13 @@ def read_updates(workspace: Workspace, number: int, schema: pa.Schema) -> pa.Tab
 
 
 def unwritten_shards(workspace: Workspace) -> list[int]:
-    """The shards of items of which some have no answer yet, ascending."""
+    """Shards of items with missing answers, ascending."""
     cards = Artifact(workspace, ITEM_UPDATES).cards("item")
-    return sorted(Shard.of_name(name).number for name, card in cards.items() if card.counts.get("unwritten"))
+    return sorted(Shard.from_name(name).number for name, card in cards.items() if card.counts.get("unwritten"))
 
 
 def with_new_items(workspace: Workspace, plan: RefreshPlan) -> ItemCatalog:
-    """The titles of all items, with those of the plan."""
+    """Titles of all items, including those of the plan."""
     artifact = Artifact(workspace, plan.part("items"))
     paths = [path for card in artifact.cards("item").values() for path in card.files if path.startswith("rows/")]
     tables = [workspace.read_parquet(artifact.path(path), ["item_id", "title"]) for path in paths]
@@ -302,13 +302,13 @@ def with_new_items(workspace: Workspace, plan: RefreshPlan) -> ItemCatalog:
 
 
 class UpsertItems(Stage):
-    """Shards of items with rows or answers of a plan: what stands over the prepared table from now on."""
+    """Shards of items with rows or answers of a plan: writes the new rows on top of the prepared table."""
 
     name = "upsert"
     folder = ITEM_UPDATES
 
     def __init__(self, plan: RefreshPlan, knowledge: str) -> None:
-        """knowledge: the folder of the answers."""
+        """knowledge: folder of the answers."""
         self.items, self.knowledge = plan.part("items"), knowledge
 
     def run(self, work: Work) -> Result:
@@ -331,9 +331,9 @@ class UpsertItems(Stage):
             known = pa.concat_tables([known.filter(others), new]).sort_by("item_id")
         ids, wanted = known["item_id"], asked["id"] if asked else pa.chunked_array([[]], pa.int64())
         written = answered["id"] if answered else pa.chunked_array([[]], pa.int64())
-        of_plan = pc.is_in(ids, value_set=wanted.combine_chunks())
-        failed = pc.and_(of_plan, pc.invert(pc.is_in(ids, value_set=written.combine_chunks())))
-        unwritten = pc.if_else(of_plan, failed, known["unwritten"])
+        planned = pc.is_in(ids, value_set=wanted.combine_chunks())
+        failed = pc.and_(planned, pc.invert(pc.is_in(ids, value_set=written.combine_chunks())))
+        unwritten = pc.if_else(planned, failed, known["unwritten"])
         known = known.set_column(len(known.schema) - 1, _UNWRITTEN, unwritten)
         work.check()
         files = {shard.file(): workspace.write_parquet(work.artifact.path(shard.file()), known)}

@@ -1,7 +1,7 @@
-"""What a refresh will do: the log is read, the plan written down, users moved on, and the questions about some written.
+"""Plans a refresh: reads the log, writes the plan, updates users, and writes prompts about some of them.
 
-The plan is made from the state before, the parent release, the files of the log, the config and the wording; the same
-of all these are the same plan, so that one that was killed is found again by its folder.
+The plan follows from the previous state, the parent release, the files of the log, the config and the wording. The
+same inputs give the same plan, so a killed one is found again by its folder.
 """
 
 from collections import Counter
@@ -12,17 +12,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from owlrec.encoding.encoder import EncoderConfig
+from owlrec.encoding.vectors import EncoderConfig
 from owlrec.errors import ReleaseError
-from owlrec.prompting.framework import FrameworkName
-from owlrec.prompting.rows import Prompt, prompts_table
-from owlrec.refresh import partitions
+from owlrec.prompting.frameworks import FrameworkName
+from owlrec.prompting.prompts import Prompt, prompts_table
+from owlrec.refresh import state as partitions
 from owlrec.refresh.events import FUTURE_MS, Buckets, Log, ReadEvents, RefreshConfig, event_groups
-from owlrec.refresh.interests import Cut, InterestsStage, Resources, budget_cut, short_columns, sum_vectors
+from owlrec.refresh.interests import Cut, InterestsStage, RefreshResources, budget_cut, short_columns, sum_vectors
 from owlrec.refresh.items import ItemBuckets, ItemsStage, ReadItems, item_groups, unwritten_shards
-from owlrec.refresh.partitions import UserState, next_as_of
-from owlrec.refresh.state import REFRESH_FOLDER, RefreshPlan, RefreshPrompts, ShardState, State, write_plan
-from owlrec.releases.manifest import MANIFEST, ReleaseManifest, chain
+from owlrec.refresh.state import (
+    REFRESH_FOLDER,
+    RefreshPlan,
+    RefreshPrompts,
+    ShardState,
+    State,
+    UserState,
+    next_as_of,
+    write_plan,
+)
+from owlrec.releases.format import MANIFEST, ReleaseManifest, chain
 from owlrec.releases.release import pointer_history
 from owlrec.runner import Result, Stage, Work
 from owlrec.shards import Artifact, Card, Shard, needed_stage
@@ -31,72 +39,73 @@ from owlrec.sources.raw import Fragment
 from owlrec.storage import FileEntry, fingerprint
 from owlrec.workspace import Workspace, read_tombstones
 
-# What the freezing of a partition needs once its answer is there.
+# Data needed to freeze a partition once its answer exists.
 PARTITIONS = pa.schema(
     [
         ("user_id", pa.int64()),
         ("as_of", pa.int64()),  # of its text
-        ("length", pa.int32()),  # behaviors that it reads
+        ("length", pa.int32()),  # number of behaviors
         ("reason", pa.string()),  # length, age or drift
         ("drift", pa.float32()),
         ("interest", pa.list_(pa.float32())),  # drift.sum_vectors of them, flat
     ]
 )
-# A user's partitions are read one after another: more would keep an engine for one user. The rest waits.
+# A user's partitions are read one after another; more would occupy an engine for one user. The rest waits.
 _MOST_PARTITIONS = 100
 _COUNTS = (
     *("items_read", "items_new", "items_refused", "item_calls"),
     *("events_read", "events_twice", "events_new", "users_with_news", "refused", "due", "calls"),
     *("frozen_by_length", "frozen_by_age", "frozen_by_drift"),
 )
-# Runs a stage over shards (see runner.run_stage) where that many rows are best done; what the work is called.
+# Runs a stage over shards (see runner.run_stage) in the best place for this many rows, with a name for the progress
+# bar.
 RunStage = Callable[[Stage, Mapping[Shard, str], int, str], Mapping[str, Card]]
 
 
 @dataclass(frozen=True)
-class Planner:
-    """Makes the plan of the next refresh of a workspace, or goes on with one that was interrupted."""
+class RefreshPlanner:
+    """Plans the next refresh of a workspace, or continues an interrupted one."""
 
     workspace: Workspace
     config: RefreshConfig
     prompts: RefreshPrompts
-    framework: FrameworkName  # of the prompts about items
+    framework: FrameworkName  # for prompts about items
     encoder: EncoderConfig
     run: RunStage
 
     @property
     def recipe(self) -> str:
-        """Fingerprint of all settings that a plan follows from."""
+        """Fingerprint of all settings that determine a plan."""
         config = self.config.model_dump(exclude={"events", "partitions"})
         constants = (FUTURE_MS, partitions.FREEZE_DRIFT, partitions.FREEZE_MIN_BEHAVIORS)
         return fingerprint(config, constants, self.prompts.fingerprint, self.framework, self.encoder.identity)
 
     def read_log(self, base: State, now: int) -> RefreshPlan | None:
-        """Reads what is new in the logs and writes the plan down; None where there is nothing to do.
+        """Reads new data in the logs and writes the plan; None if there is nothing to do.
 
-        now: ms since 1970, UTC. Raises SourceError where a log cannot be read, has no events at first, or has lost
-        some; SchemaError where a file of the item log lacks a column; ReleaseError where there is no release to build
+        now: ms since 1970, UTC. Raises SourceError if a log cannot be read, has no events at first, or has lost
+        some; SchemaError if a file of the item log lacks a column; ReleaseError if there is no release to build
         on.
         """
         workspace, config = self.workspace, self.config
         parent = parent_release(workspace, base.release or None, self.encoder)
-        prepared = needed_stage(workspace, "prepare", "the tables are not prepared")
+        prepared = needed_stage(workspace, "prepare", "there are no prepared tables")
         log = Log.events(workspace, config, base.log)
         items = Log.items(workspace, config, base.item_log)
         listed = {name: (file.bytes, file.e_tag) for name, file in items.files.items()}
-        admitted_by = fingerprint(prepared.fingerprint, config.unknown_users, config.unknown_items, listed)
+        admitted_by = fingerprint(prepared.fingerprint, sorted(set(config.admit)), listed)
         retried = base.retried_shards(admitted_by, now + FUTURE_MS)
         restart = workspace.path(REFRESH_FOLDER)
         if not log.unread and not retried and not items.unread:
             if base.watermark is not None or not items.files:
                 log.check_watermark(None, base.watermark, restart)
             return None
-        (fragments, rows), (of_items, item_rows) = log.fragments(), items.fragments()
+        (fragments, rows), (item_fragments, item_rows) = log.fragments(), items.fragments()
         made_from = fingerprint(
             base.name,
             base.n_shards,
             parent.fingerprint,
-            sorted(fragment.digest for fragment in (*fragments, *of_items)),
+            sorted(fragment.digest for fragment in (*fragments, *item_fragments)),
             admitted_by,
             self.recipe,
         )
@@ -104,12 +113,12 @@ class Planner:
         horizon = None if base.watermark is None else base.watermark - config.max_lateness_ms
         grouping = event_groups(fragments, base.n_shards)
         known = {f.path: base.log[n].rows for n, f in log.unread.items() if n in base.log}
-        stage = ReadEvents(f"{folder}/events", grouping, known, horizon, base.n_shards, Labels.of_card(prepared))
+        stage = ReadEvents(f"{folder}/events", grouping, known, horizon, base.n_shards, Labels.from_card(prepared))
         cards = self.run(stage, grouping.inputs(), sum(f.rows for f in fragments), "reading events")
         buckets = Buckets.of(f"{folder}/events", base.n_shards, cards.values())
         if log.unread or base.watermark is not None:
             log.check_watermark(buckets.newest, base.watermark, restart)
-        item_shards = self._read_items(f"{folder}/item-log", items, of_items, base)
+        item_shards = self._read_items(f"{folder}/item-log", items, item_fragments, base)
         newest = buckets.newest_until(workspace, now + FUTURE_MS)
         clock = max(newest or 0, base.watermark or 0)
         plan = RefreshPlan(
@@ -133,7 +142,7 @@ class Planner:
         return plan
 
     def _read_items(self, folder: str, log: Log, fragments: Sequence[Fragment], base: State) -> list[int]:
-        """Reads the item log; the shards to look at."""
+        """Reads the item log; returns the shards to check."""
         n_shards = self.workspace.n_shards("item")
         grouping = item_groups(fragments, n_shards)
         known = {f.path: base.item_log[n].rows for n, f in log.unread.items() if n in base.item_log}
@@ -143,57 +152,57 @@ class Planner:
         return sorted({*buckets.shards, *unwritten_shards(self.workspace)})
 
     def move_on(self, plan: RefreshPlan, base: State) -> "Moved":
-        """Takes items and events in, and writes the questions about those whom the budget chooses."""
-        workspace, resources = self.workspace, Resources(self.workspace, plan)
-        of_log = list(Artifact(workspace, plan.part("item-log")).cards().values())
+        """Reads items and events, and writes the prompts within the budget."""
+        workspace, resources = self.workspace, RefreshResources(self.workspace, plan)
+        log_cards = list(Artifact(workspace, plan.part("item-log")).cards().values())
         log = ItemBuckets.of(workspace, plan.part("item-log"), workspace.n_shards("item"))
         items = ItemsStage(plan, log, self.prompts.scenario, self.framework, plan.now + FUTURE_MS)
         inputs = {Shard("item", number): plan.fingerprint for number in plan.item_shards}
-        of_items = self.run(items, inputs, sum(card.rows_out for card in of_log), "taking items in")
-        of_events = list(Artifact(workspace, plan.part("events")).cards().values())
-        buckets = Buckets.of(plan.part("events"), plan.n_shards, of_events)
+        item_cards = self.run(items, inputs, sum(card.rows_out for card in log_cards), "reading items")
+        event_cards = list(Artifact(workspace, plan.part("events")).cards().values())
+        buckets = Buckets.of(plan.part("events"), plan.n_shards, event_cards)
         inputs = {Shard("user", number): plan.fingerprint for number in plan.shards}
         rows = sum(base.shards[n].users for n in plan.shards if n in base.shards)
         stage = InterestsStage(plan, base, buckets, self.config, self.prompts, resources)
-        cards = self.run(stage, inputs, rows + sum(card.rows_out for card in of_events), "moving users on")
+        cards = self.run(stage, inputs, rows + sum(card.rows_out for card in event_cards), "updating users")
         state = _state_after(plan, base, cards)
         cut = budget_cut(workspace, stage.folder, cards, plan.budget_calls)
-        due = {Shard.of_name(name): int(card.counts["due"]) for name, card in cards.items() if card.counts["due"]}
+        due = {Shard.from_name(name): int(card.counts["due"]) for name, card in cards.items() if card.counts["due"]}
         ask = PromptsStage(plan, state, cut, self.prompts, resources)
         written = self.run(ask, dict.fromkeys(due, plan.fingerprint), sum(due.values()), "writing prompts")
-        asked = {Shard.of_name(name): card for name, card in written.items() if card.rows_out}
+        asked = {Shard.from_name(name): card for name, card in written.items() if card.rows_out}
         for shard, card in asked.items():
             state.shards[shard.number].waiting -= card.rows_out
-        state.counts = _counts([*of_log, *of_items.values(), *of_events, *cards.values(), *asked.values()])
+        state.counts = _counts([*log_cards, *item_cards.values(), *event_cards, *cards.values(), *asked.values()])
         prompts = {shard: card.files[shard.file()] for shard, card in asked.items()}
         new_items = []
-        for name, card in of_items.items():
-            shard = Shard.of_name(name)
+        for name, card in item_cards.items():
+            shard = Shard.from_name(name)
             if file := card.files.get(f"prompts/{shard.file()}"):
                 prompts[shard] = file
             if any(path.startswith(("rows/", "prompts/")) for path in card.files):
                 new_items.append(shard)
-        moved = {Shard.of_name(name): card.files for name, card in cards.items()}
+        moved = {Shard.from_name(name): card.files for name, card in cards.items()}
         behaviors = {s: files[path] for s, files in moved.items() if (path := f"behaviors/{s.file()}") in files}
         return Moved(plan, state, prompts, behaviors, tuple(new_items))
 
 
 @dataclass(frozen=True)
 class Moved:
-    """What a plan's first stages made."""
+    """Output of a plan's first stages."""
 
     plan: RefreshPlan
     state: State  # with all new events in their users' short terms
     prompts: Mapping[Shard, FileEntry]  # by shard of users and items
-    behaviors: Mapping[Shard, FileEntry]  # by shard with new events, where the parent release keeps behaviors
-    new_items: tuple[Shard, ...]  # with rows that are to stand, or prompts
+    behaviors: Mapping[Shard, FileEntry]  # by shard with new events, if the parent release keeps behaviors
+    new_items: tuple[Shard, ...]  # with accepted rows or prompts
 
 
 def _state_after(plan: RefreshPlan, base: State, cards: Mapping[str, Card]) -> State:
-    """What is known before anybody is asked. cards: of InterestsStage."""
+    """State before any LLM call. cards: of InterestsStage."""
     shards = dict(base.shards)
     for name, card in cards.items():
-        shard = Shard.of_name(name)
+        shard = Shard.from_name(name)
         before = base.shards.get(shard.number, ShardState())
         users, deferred = f"users/{shard.file()}", f"deferred/{shard.file()}"
         moved = users in card.files
@@ -219,7 +228,7 @@ def _state_after(plan: RefreshPlan, base: State, cards: Mapping[str, Card]) -> S
 
 
 def _counts(cards: Iterable[Card]) -> dict[str, int]:
-    """What happened, for people: sums over the cards of all stages."""
+    """Counts for people: sums over the cards of all stages."""
     counts = dict.fromkeys(_COUNTS, 0)
     for card in cards:
         for name, n in card.counts.items():
@@ -229,12 +238,12 @@ def _counts(cards: Iterable[Card]) -> dict[str, int]:
 
 
 class PromptsStage(Stage):
-    """Shards with candidates: the prompts of the partitions that are asked about, and what their freezing needs."""
+    """Shards with candidates: writes prompts of the selected partitions, and data for freezing them."""
 
     name = "prompts"
 
     def __init__(
-        self, plan: RefreshPlan, state: State, cut: Cut, prompts: RefreshPrompts, resources: Resources
+        self, plan: RefreshPlan, state: State, cut: Cut, prompts: RefreshPrompts, resources: RefreshResources
     ) -> None:
         """state: with all new events."""
         self.folder, self.candidates = plan.part("prompts"), plan.part("interests")
@@ -282,7 +291,7 @@ class PromptsStage(Stage):
         return pa.table(columns, schema=PARTITIONS)
 
     def _prompts(self, parts: Sequence[UserState]) -> list[Prompt]:
-        """What to ask about each part, beside what the parent release or the answer about the part before it says."""
+        """Prompts about each part, given the text of the parent release or the answer about the previous part."""
         store, catalog, prompts = self.resources.release.store, self.resources.catalog, list[Prompt]()
         texts = store.own_knowledge("user", [part.user_id for part in parts])
         for part, earlier in zip(parts, texts, strict=True):
@@ -301,7 +310,7 @@ class PromptsStage(Stage):
 
 
 def _parts(due: pa.Table, users: Mapping[int, UserState]) -> Iterator[UserState]:
-    """Of each partition (a row of DUE) its user, with the behaviors of the partition alone as the short term."""
+    """Per partition (a row of DUE) its user, with only the partition's behaviors as the short term."""
     start = 0
     for id_, partition, end in zip(*(due[name].to_pylist() for name in ("user_id", "partition", "end")), strict=True):
         start = start if partition else 0
@@ -313,41 +322,42 @@ def _parts(due: pa.Table, users: Mapping[int, UserState]) -> Iterator[UserState]
 
 
 def parent_release(workspace: Workspace, after: str | None, encoder: EncoderConfig) -> ReleaseManifest:
-    """The current release, to build on.
+    """The current release as the base.
 
-    The pointer's history decides: what a roll-back leaves behind is no longer in it. A release that came after the last
-    refresh, a compaction or a whole new run, is built upon as it is. But what a roll-back took away must not come back
-    by itself with the next refresh, and behaviors that only it had read would be lost if the next one went on from
+    The pointer's history decides, because rolled-back releases are no longer in it. A release that came after the last
+    refresh (a compaction or a whole new run) is a valid base. But a rolled-back release must not return
+    by itself with the next refresh, and behaviors that only it had read would be lost if the next one continued from
     there.
 
-    after: a release that it must be or come after; None for the first refresh. encoder: the recipe's.
-    Raises ReleaseError where there is none, it or what it is read on top of is gone, it was rolled back, or its vectors
-    are another encoder's.
+    after: a release that the base must be or follow; None for the first refresh. encoder: the recipe's.
+    Raises ReleaseError if there is none, if it or a parent is missing, if it was rolled back, or if its vectors
+    come from another encoder.
     """
     history = pointer_history(workspace)
     if not history:
         raise ReleaseError(
-            f"{workspace.path('releases')}: nothing was published yet, and a refresh builds on a whole run. "
+            f"{workspace.path('releases')}: nothing has been published, and a refresh builds on a full run. "
             "Run `owlrec run` with the same recipe first."
         )
     current = history[-1]
     if not workspace.exists("releases", current, MANIFEST):
         raise ReleaseError(
-            f"release {current}, which a refresh would build on, is gone from {workspace.path('releases')}. Make "
-            "another one current (`owlrec release rollback`; `release list` shows them), or publish in full "
-            "(`owlrec run --from publish`)."
+            f"the refresh would build on release {current}, which is missing from "
+            f"{workspace.path('releases')}. Make another one current (`owlrec release rollback`; `release "
+            "list` shows them), or publish in full (`owlrec run --from publish`)."
         )
     if after is not None and after not in history:
         raise ReleaseError(
-            f"the current release {current} does not come after {after}, which the refreshes go on from: it was "
-            f"rolled back. Make that one current again (`owlrec release rollback --to {after}`); or, to go on from "
-            f"{current}, delete {workspace.path(REFRESH_FOLDER)}: the refresh then reads the whole log again."
+            f"the current release {current} is not newer than {after}, the base of the refreshes, which was "
+            f"rolled back. Make {after} current again (`owlrec release rollback --to {after}`); or, to "
+            f"continue from {current}, delete {workspace.path(REFRESH_FOLDER)}: the refresh then reads the "
+            "whole log again."
         )
     manifest = chain(workspace, current)[0]
     if manifest.encoder != encoder.model or manifest.encoder_identity not in ("", encoder.identity):
         raise ReleaseError(
-            f"release {current} has the vectors of encoder '{manifest.encoder_identity or manifest.encoder}', but the "
-            f"recipe's is '{encoder.identity}'. "
-            "Put the encoder back, or run `encode` and `publish` with the new one first."
+            f"release {current} has vectors of encoder '{manifest.encoder_identity or manifest.encoder}', but "
+            f"the recipe uses '{encoder.identity}'. Restore the encoder, or run `encode` and `publish` with "
+            "the new one first."
         )
     return manifest

@@ -1,20 +1,19 @@
 """Releases in Redis or Valkey, for clusters without a shared disk: pushed part by part, read by pipelined multi-gets.
 
-It is a copy of a workspace's releases, each under a prefix of its own:
+It is a copy of a workspace's releases, each under its own prefix:
 
     {namespace}:r:{release}:manifest            the release's manifest, written after all its parts
-    {namespace}:r:{release}:part:{p}            written after all rows of a part; a later push goes on from there
-    {namespace}:r:{release}:{database}:{key}    one row; key and value as in owlrec.releases.rows
+    {namespace}:r:{release}:part:{p}            written after all rows of a part; a later push resumes there
+    {namespace}:r:{release}:{database}:{key}    one row; key and value as in owlrec.releases.format
     {namespace}:r:{release}:ids:{kind}:{p}      the ids with knowledge of a part, ascending, as little-endian int64
-    {namespace}:pushing:{release}               while a push writes it: no prune takes its rows
+    {namespace}:pushing:{release}               during a push: no prune removes its rows
     {namespace}:forgotten, …:mark               the workspace's tombstones (Tombstones.to_bytes, .mark)
-    {namespace}:current                         JSON {"release", "history"}, switched last
+    {namespace}:current                         the pointer (storage.pack_history), switched last
 
-A delta has its own rows under its own prefix and is read on top of its parent, as on disk. A release that loses its
-manifest, because Redis lost its data, is unavailable: nobody is told that nothing is known of an id.
+A delta has its own rows under its own prefix and is read on top of its parent, as on disk. If a release loses its
+manifest because Redis lost its data, it is unavailable, rather than reporting ids as unknown.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -24,24 +23,32 @@ import numpy as np
 from pydantic import ValidationError
 
 from owlrec.errors import ReleaseError, StoreUnavailableError
-from owlrec.releases.manifest import ReleaseManifest, chain
+from owlrec.releases.format import (
+    DATABASES,
+    LAST_PARTITION,
+    ChainedStore,
+    ReleaseManifest,
+    RowStore,
+    chain,
+    encode_keys,
+    speaking,
+)
 from owlrec.releases.release import Release, current_release, open_part, read_part_ids
-from owlrec.releases.rows import DATABASES, LAST_PARTITION, ChainedStore, RowStore, encode_keys, speaking
+from owlrec.storage import pack_history, unpack_history
 from owlrec.workspace import Tombstones, Workspace, read_tombstones
 
 NAMESPACE = "owlrec"
-_HISTORY = 100  # swaps remembered
-_KEYS_PER_GET = 256  # a longer MGET keeps a single-threaded server from everybody else
+_KEYS_PER_GET = 256  # a longer MGET would block a single-threaded server
 _ROWS_PER_PIPELINE = 2_000  # about 2 MB of texts
 _KEYS_PER_UNLINK = 1_000
 _LEASE_S = 600
 
 
 def connect(url: str, *, timeout_s: float = 1.0) -> Any:
-    """A client of the server at `url` (redis://, rediss:// or unix://).
+    """Client for the server at `url` (redis://, rediss:// or unix://).
 
-    timeout_s: for connecting and for each answer, so that a server that hangs is noticed at once.
-    Raises ReleaseError without the redis package, or for a URL that it cannot read.
+    timeout_s: for connecting and for each response, so a hanging server is noticed at once.
+    Raises ReleaseError without the redis package, or for an invalid URL.
     """
     try:
         import redis
@@ -62,7 +69,7 @@ class RedisStore(RowStore):
     remote = True
 
     def __init__(self, client: Any, manifest: ReleaseManifest, namespace: str = NAMESPACE) -> None:
-        """client: as `connect` makes it; it stays open when the store is closed."""
+        """client: from `connect`; it stays open when the store is closed."""
         super().__init__(
             f"release {manifest.name} in Redis",
             dim=manifest.dim,
@@ -97,7 +104,7 @@ class RedisStore(RowStore):
         return np.sort(np.concatenate(pieces)).astype(np.int64)[:limit]
 
     def close(self) -> None:
-        """See KnowledgeStore.close: nothing is held, other releases use the same connections."""
+        """See KnowledgeStore.close: nothing to free, since other releases use the same connections."""
 
     def _get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         if not keys:
@@ -115,15 +122,15 @@ class RedisStore(RowStore):
         for answer in answers:
             if answer[-1] is None:
                 raise StoreUnavailableError(
-                    f"release {self._manifest.name} is gone from Redis: it lost its data, or the release was pruned. "
-                    "Run `owlrec release push`."
+                    f"release {self._manifest.name} is missing from Redis: Redis lost its data, or the release "
+                    "was pruned. Run `owlrec release push`."
                 )
             values += answer[:-1]
         return values
 
 
 class RedisReleases:
-    """The releases that a server holds: what `owlrec.serving.served` follows."""
+    """Releases on a server, as followed by `owlrec.serving.served`."""
 
     def __init__(self, url: str, namespace: str = NAMESPACE, *, timeout_s: float = 1.0) -> None:
         """See `connect`."""
@@ -131,30 +138,27 @@ class RedisReleases:
         self.namespace = namespace
 
     def history(self) -> list[str]:
-        """What was current, oldest first, the current release last. Raises ReleaseError for a damaged pointer."""
+        """Previously current releases, oldest first, the current one last. Raises ReleaseError for a damaged
+        pointer."""
         with explained():
             raw = self.client.get(f"{self.namespace}:current")
         if raw is None:
             return []
         try:
-            content = json.loads(raw)
-            history = [str(name) for name in content["history"]]
-            if not history or history[-1] != content["release"]:
-                raise ValueError("'history' does not end with 'release'")
+            return unpack_history(raw)
         except (ValueError, KeyError, TypeError) as error:
             raise ReleaseError(
                 f"the key {self.namespace}:current is not a pointer ({error}). Delete it and run `owlrec release push` "
                 "again."
             ) from None
-        return history
 
     def current(self) -> str | None:
-        """The name of the current release; None where nothing was pushed yet."""
+        """Name of the current release; None if nothing has been pushed."""
         history = self.history()
         return history[-1] if history else None
 
     def manifest(self, name: str) -> ReleaseManifest | None:
-        """The manifest of a complete release; None where there is none. Raises ReleaseError where it is unreadable."""
+        """Manifest of a complete release; None if there is none. Raises ReleaseError if it is unreadable."""
         with explained():
             raw = self.client.get(f"{release_prefix(self.namespace, name)}:manifest")
         try:
@@ -165,9 +169,9 @@ class RedisReleases:
             ) from None
 
     def chain(self, name: str) -> list[ReleaseManifest]:
-        """The manifests of a release and of what it is read on top of, newest first.
+        """Manifests of a release and its parents, newest first.
 
-        Raises ReleaseError where one is missing.
+        Raises ReleaseError if one is missing.
         """
         manifests: list[ReleaseManifest] = []
         step: str | None = name
@@ -175,21 +179,21 @@ class RedisReleases:
             manifest = self.manifest(step)
             if manifest is None:
                 raise ReleaseError(
-                    f"Redis holds no release '{step}'. Run `owlrec release push` for the workspace that has it."
+                    f"Redis has no release '{step}'. Run `owlrec release push` from the workspace that has it."
                 )
             manifests.append(manifest)
             step = manifest.parent if manifest.delta else None
         return manifests
 
     def open(self, name: str) -> Release:
-        """Opens a release with all that it is read on top of. Raises ReleaseError where a layer is missing."""
+        """Opens a release with all its parents. Raises ReleaseError if one is missing."""
         manifests = self.chain(name)
         newest, layers = manifests[0], [RedisStore(self.client, m, self.namespace) for m in manifests]
         store = ChainedStore(layers, dim=newest.dim, totals=newest.totals) if newest.delta else layers[0]
         return Release(store, manifests, tombstones=self.tombstones())  # its codebooks stay with the workspace
 
     def tombstones(self) -> Tombstones:
-        """Who is forgotten, as the last push or `owlrec forget` said."""
+        """Forgotten users, according to the last push or `owlrec forget`."""
         with explained():
             raw = self.client.get(f"{self.namespace}:forgotten")
         return Tombstones.from_bytes(raw) if raw else Tombstones()
@@ -212,18 +216,18 @@ def push(
     replace: bool = False,
     on_rows: Callable[[int], None] | None = None,
 ) -> str:
-    """Makes release `name` of a workspace, or its current one, current in Redis; gives its name.
+    """Makes release `name` of a workspace, or its current one, current in Redis; returns its name.
 
-    Parts that Redis holds already are not written again, unless `replace`. Then all releases but the newest `keep` of
-    the pointer's history, and what these are read on top of, are removed from Redis. on_rows: called with the number of
-    rows just written. Raises ReleaseError where there is nothing to push, it cannot be read, or its rows vanish while
-    it is pushed; StoreUnavailableError where Redis does not answer.
+    Parts already in Redis are not written again, unless `replace`. Afterwards all releases except the newest `keep` of
+    the pointer's history and their parents are removed from Redis. on_rows: called with the number of
+    rows just written. Raises ReleaseError if there is nothing to push, it cannot be read, or its rows vanish during
+    the push; StoreUnavailableError if Redis does not respond.
     """
     name = name or current_release(workspace)
     if name is None:
-        raise ReleaseError(f"{workspace.path('releases')}: nothing was published yet. Run the publish stage first.")
+        raise ReleaseError(f"{workspace.path('releases')}: nothing has been published. Run the publish stage first.")
     push_tombstones(workspace, releases)
-    for manifest in reversed(chain(workspace, name)):  # oldest first: a delta is never there without its parent
+    for manifest in reversed(chain(workspace, name)):  # oldest first, so a delta always has its parent
         if replace or releases.manifest(manifest.name) is None:
             _write_release(workspace, releases, manifest, replace, on_rows)
     history = releases.history()
@@ -234,17 +238,15 @@ def push(
 
 
 def roll_back_redis(releases: RedisReleases, to: str | None = None) -> str:
-    """Makes the release that was current before, or release `to`, current again; gives its name.
+    """Makes the previously current release, or release `to`, current again; returns its name.
 
-    Raises ReleaseError where there is nothing to go back to, or a layer of it is gone.
+    Raises ReleaseError if there is nothing to go back to, or one of its parents is missing.
     """
     history = releases.history()
     if to is None:
         earlier = [n for n in history if n != history[-1] and releases.manifest(n) is not None]
         if not earlier:
-            raise ReleaseError(
-                "Redis holds no release that was current before. Push one: `owlrec release push --release`."
-            )
+            raise ReleaseError("Redis has no previous release. Push one: `owlrec release push --release`.")
         to = earlier[-1]
     releases.chain(to)
     _write_pointer(releases, history[: len(history) - history[::-1].index(to)] if to in history else [*history, to])
@@ -252,10 +254,10 @@ def roll_back_redis(releases: RedisReleases, to: str | None = None) -> str:
 
 
 def prune_redis(releases: RedisReleases, *, keep: int = 3) -> list[str]:
-    """Removes releases, whole or not, that neither are the newest `keep` of the pointer's history, nor are needed by
-    them, nor are being pushed; gives their names.
+    """Removes releases, complete or not, except the newest `keep` of the pointer's history, their parents,
+    and those being pushed; returns the removed names.
 
-    Readers of a removed release are told that it is gone, so keep as many as may still be open: a server changes over
+    Readers of a removed release get an error, so keep as many as may still be open: a server switches
     within seconds.
     """
     needed: set[str] = set()
@@ -270,7 +272,7 @@ def prune_redis(releases: RedisReleases, *, keep: int = 3) -> list[str]:
             named = [(key[len(prefix) :].split(b":", 1)[0].decode(), key) for key in batch]
             gone = sorted({name for name, _ in named} - needed)
             gone = [name for name in gone if not releases.client.exists(_lease(releases, name))]
-            # First the manifest, so that nobody opens a release that is half removed.
+            # The manifest first, so that nobody opens a half-removed release.
             first = [f"{release_prefix(releases.namespace, name)}:manifest".encode() for name in gone]
             doomed = [*first, *(key for name, key in named if name in gone)]
             if doomed:
@@ -280,7 +282,7 @@ def prune_redis(releases: RedisReleases, *, keep: int = 3) -> list[str]:
 
 
 def push_tombstones(workspace: Workspace, releases: RedisReleases) -> None:
-    """Has Redis know at once who is forgotten. Raises StoreUnavailableError where it does not answer."""
+    """Updates the forgotten users in Redis at once. Raises StoreUnavailableError if it does not respond."""
     if len(gone := read_tombstones(workspace)):
         with explained():
             name = f"{releases.namespace}:forgotten"
@@ -288,7 +290,7 @@ def push_tombstones(workspace: Workspace, releases: RedisReleases) -> None:
 
 
 def forget_in_redis(releases: RedisReleases, ids: np.ndarray) -> int:
-    """Removes all rows of some users (int64 [n]) from all releases that Redis holds; how many there were."""
+    """Removes all rows of some users (int64 [n]) from all releases in Redis; returns their number."""
     prefix, removed = release_prefix(releases.namespace, "").encode(), 0
     with explained():
         client = releases.client
@@ -309,24 +311,24 @@ def forget_in_redis(releases: RedisReleases, ids: np.ndarray) -> int:
 
 
 def release_prefix(namespace: str, name: str) -> str:
-    """The prefix of all keys of a release."""
+    """Prefix of all keys of a release."""
     return f"{namespace}:r:{name}"
 
 
 def row_prefix(prefix: str, database: str) -> bytes:
-    """The start of a row's key; the rest is as in LMDB."""
+    """Prefix of a row's key; the rest is as in LMDB."""
     return f"{prefix}:{database}:".encode()
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turns what the redis package raises into StoreUnavailableError."""
+    """Converts errors of the redis package to StoreUnavailableError."""
     import redis
 
     try:
         yield
     except (redis.RedisError, OSError) as error:
-        raise StoreUnavailableError(f"Redis does not answer: {type(error).__name__}: {error}") from error
+        raise StoreUnavailableError(f"Redis does not respond: {type(error).__name__}: {error}") from error
 
 
 def _write_release(
@@ -361,8 +363,9 @@ def _write_release(
         present = client.exists(*(f"{prefix}:part:{part}" for part in parts))
         if present != len(parts):
             raise ReleaseError(
-                f"release {manifest.name}: Redis lost {len(parts) - present} of its {len(parts)} parts while they were "
-                "pushed. Give it more memory and no eviction (maxmemory-policy noeviction), then push again."
+                f"release {manifest.name}: Redis lost {len(parts) - present} of its {len(parts)} parts during "
+                "the push. Give it more memory and turn off eviction (maxmemory-policy noeviction), then push "
+                "again."
             )
         client.set(f"{prefix}:manifest", manifest.model_dump_json())
         client.delete(lease)
@@ -371,7 +374,7 @@ def _write_release(
 def _batches(
     workspace: Workspace, manifest: ReleaseManifest, part: int, prefix: str, gone: Tombstones
 ) -> Iterator[list[tuple[bytes, bytes]]]:
-    """The rows of a part by their keys in Redis, without those of users who are gone."""
+    """Rows of a part by their keys in Redis, without those of forgotten users."""
     with open_part(workspace, manifest, part) as file:
         for database in DATABASES:
             start = row_prefix(prefix, database)
@@ -393,6 +396,5 @@ def _lease(releases: RedisReleases, name: str) -> str:
 
 
 def _write_pointer(releases: RedisReleases, history: list[str]) -> None:
-    content = {"release": history[-1], "history": history[-_HISTORY:]}
     with explained():
-        releases.client.set(f"{releases.namespace}:current", json.dumps(content))
+        releases.client.set(f"{releases.namespace}:current", pack_history(history))

@@ -1,14 +1,14 @@
 """Releases: immutable folders of verified knowledge, and the one small file that names the current one.
 
-    releases/<UTC time>-<fingerprint8>/   release.json, written last; parts/00000.lmdb, parts/00000.ids for each part;
-                                          semantic_ids/<kind>/ where vectors have codes
-    releases/CURRENT                      a Pointer: compare-and-swap, with its history, and HOLD beside it
+    releases/<UTC time>-<fingerprint8>/   release.json, written last; parts/00000.lmdb, parts/00000.ids per part;
+                                          semantic_ids/<kind>/ if vectors have codes
+    releases/CURRENT                      a Pointer with its history, changed by compare-and-swap, and an optional HOLD
 
-The pointer carries its own history, so that one atomic write changes both: a roll-back goes to what was current before,
-even where a later release was never current or two were published out of order. A folder without release.json is not a
-release. A delta is read on top of its parent, whose folder it needs, and so on to a full release. Readers hold what
-they opened, whatever the pointer says afterwards. On a node a remote workspace's parts are copies in its cache; a local
-workspace's are mapped where they lie.
+The pointer contains its own history, so one atomic write changes both: a roll-back goes to the previously current
+release, even if a later release was never current or two were published out of order. A folder without release.json is
+not a release. A delta is read on top of its parent, whose folder it needs, and so on down to a full release. Readers
+keep the release they opened, whatever the pointer says later. On a node, a remote workspace's parts are copies in its
+cache; a local workspace's are mapped in place.
 """
 
 import resource
@@ -20,35 +20,40 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from owlrec.config import Registry
-from owlrec.encoding.semantic_ids import Quantiser
+from owlrec.encoding.compression import Quantizer
 from owlrec.errors import OwlRecError, ReleaseError, did_you_mean
-from owlrec.node_cache import NodeCache
-from owlrec.releases.lmdb import LmdbFile, LmdbStore, warm
-from owlrec.releases.manifest import (
+from owlrec.ids import KINDS, TABLES, Kind, as_ids
+from owlrec.machine import NodeCache
+from owlrec.releases.format import (
+    DATABASES,
+    KEY_ORDER,
     MANIFEST,
     WAY_BACK,
+    ChainedStore,
+    Knowledge,
+    KnowledgeStore,
     ReleaseManifest,
+    TombstonedStore,
     chain,
     ids_file,
     part_file,
-    quantiser_folder,
+    quantizer_folder,
 )
-from owlrec.releases.rows import DATABASES, KEY_ORDER, ChainedStore, Knowledge, KnowledgeStore, TombstonedStore
-from owlrec.schema import KINDS, TABLES, Kind, as_ids
+from owlrec.releases.lmdb import LmdbFile, LmdbStore, warm
 from owlrec.storage import FileEntry, Pointer, PointerMoved
 from owlrec.workspace import Tombstones, Workspace, read_tombstones
 
-_TRIES = 10  # to open what is current: each fails only where the pointer moved and the old release went meanwhile
-_AT_ONCE = 8  # parts that are fetched, or hashed, at a time; each is fetched by a dozen ranged reads
-_SPARE_FILES = 512  # descriptors for what else a process has open
+_TRIES = 10  # to open the current release: fails only if it is replaced and pruned meanwhile
+_AT_ONCE = 8  # parts fetched or hashed at a time, each by a dozen ranged reads
+_SPARE_FILES = 512  # descriptors for a process's other files
 ANY: Any = object()
 
 
 class Release:
-    """One release, open for reading together with all that it is read on top of; a context manager.
+    """One release, open for reading together with its parents; a context manager.
 
-    Ids are those of `schema.as_ids`: a text is a raw id, an integer an int64 id as tables hold it. Answers are aligned
-    with the ids; an id of which nothing is known has None, or zeros and False.
+    Ids follow `ids.as_ids`: a text is a raw id, an integer an int64 id as in tables. Answers are aligned
+    with the ids; an unknown id has None, or zeros and False.
     """
 
     def __init__(
@@ -58,8 +63,8 @@ class Release:
         workspace: Workspace | None = None,
         tombstones: Tombstones | None = None,
     ) -> None:
-        """chain: newest first. workspace: that has its codebooks, where they are within reach. tombstones: of users of
-        whom nothing is said.
+        """chain: newest first. workspace: source of its codebooks, if reachable. tombstones: users to
+        hide.
         """
         self.manifest = chain[0]
         self.tombstones = tombstones or Tombstones()
@@ -69,45 +74,47 @@ class Release:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """Name of its folder."""
         return self.manifest.name
 
     @property
     def version(self) -> str:
-        """The name, and who is forgotten: of two releases of one version every answer is the same."""
+        """The name plus the forgotten users: two releases of one version give the same answers."""
         return f"{self.name}+{self.tombstones.mark}" if self.tombstones.mark else self.name
 
     def __getitem__(self, key: tuple[Kind, int | str]) -> Knowledge:
-        """The text about one id: `release["user", "B007"]`. Raises KeyError where there is none."""
+        """Text about one id: `release["user", "B007"]`. Raises KeyError if there is none."""
         kind, id_ = key
         if kind not in KINDS:
             raise KeyError(f"there is no kind {kind!r}.{did_you_mean(str(kind), KINDS)}")
         (knowledge,) = self.get(kind, [id_])
         if knowledge is None:
-            raise KeyError(f"release {self.name} holds no text about {kind} {id_!r}. Ask with `get` where it may miss.")
+            raise KeyError(
+                f"release {self.name} has no text about {kind} {id_!r}. Use `get` for ids that may be missing."
+            )
         return knowledge
 
     def __len__(self) -> int:
-        """How many users and items have a text of their own."""
+        """Number of users and items with their own text."""
         return sum(self.store.count(kind) for kind in TABLES)
 
     def __bool__(self) -> bool:
-        return True  # however many texts it has
+        return True  # for any number of texts
 
     def get(self, kind: Kind, ids: Iterable[int | str]) -> list[Knowledge | None]:
-        """The texts about some ids: an id's own, else what its cohorts say."""
+        """Texts about some ids: an id's own, or else its cohorts'."""
         return self.store.get(kind, as_ids(ids))
 
     def vectors(self, kind: Kind, ids: Iterable[int | str]) -> tuple[np.ndarray, np.ndarray]:
-        """The vectors of some ids: (float32 [n, d], bool [n])."""
+        """Vectors of some ids: (float32 [n, d], bool [n])."""
         return self.store.vectors(kind, as_ids(ids))
 
     def codes(self, kind: Kind, ids: Iterable[int | str]) -> tuple[np.ndarray, np.ndarray]:
-        """The semantic ids of some ids, coarse to fine and a duplicate digit: (uint16 [n, levels + 1], bool [n])."""
+        """Semantic ids of some ids, coarse to fine and a duplicate digit: (uint16 [n, levels + 1], bool [n])."""
         return self.store.codes(kind, as_ids(ids))
 
-    def quantisers(self) -> dict[str, Quantiser]:
-        """By kind, what its vectors' semantic ids are made with; none for a kind without."""
+    def quantizers(self) -> dict[str, Quantizer]:
+        """By kind, the quantizers of its semantic ids; kinds without codes are missing."""
         return read_codebooks(self._workspace, self.chain[-1]) if self._workspace else {}
 
     def close(self) -> None:
@@ -125,25 +132,25 @@ class Release:
 
 
 def pointer(workspace: Workspace) -> Pointer:
-    """What names the current release."""
+    """Pointer to the current release."""
     return Pointer(workspace, "releases/CURRENT")
 
 
 def current_release(workspace: Workspace) -> str | None:
-    """The name of the current release, None where nothing was published yet."""
+    """Name of the current release, None if nothing has been published."""
     return pointer(workspace).current
 
 
 def pointer_history(workspace: Workspace) -> list[str]:
-    """What was current, oldest first, the current one last; empty where nothing was published yet."""
+    """Previously current releases, oldest first, the current one last; empty if nothing has been published."""
     return pointer(workspace).history
 
 
 def make_current(workspace: Workspace, name: str, *, expected: str | None = ANY) -> None:
-    """Swaps the pointer to release `name`; does nothing where it is current.
+    """Swaps the pointer to release `name`; does nothing if it is already current.
 
-    expected: the release that must be current, since `name` was built on it; by default anything.
-    Raises ReleaseError where there is no such release, or no parent of it, or another one is current; PointerHeld on a
+    expected: the release that must be current, since `name` was built on it; by default any.
+    Raises ReleaseError if there is no such release, or no parent of it, or another one is current; PointerHeld on a
     HOLD.
     """
     chain(workspace, name)
@@ -154,17 +161,18 @@ def make_current(workspace: Workspace, name: str, *, expected: str | None = ANY)
         current.move(name) if expected is ANY else current.move(name, expected=expected)
     except PointerMoved as error:
         raise ReleaseError(
-            f"release {name} was built while {expected} was current, but now {current.current} is, and stays so "
-            f"({error}) Run the same command again, or make this one current: `owlrec release rollback --to {name}`."
+            f"release {name} was built on {expected}, but {current.current} is now current and stays current "
+            f"({error}) Run the same command again, or make {name} current: `owlrec release rollback --to "
+            f"{name}`."
         ) from None
 
 
 def roll_back(workspace: Workspace, to: str | None = None) -> str:
-    """Makes the release that was current before the current one current again, or release `to`; gives its name.
+    """Makes the previously current release, or release `to`, current again; returns its name.
 
-    What was current after the target is forgotten by the pointer (the folders stay), so that rolling back again goes
-    further back; `roll_back(to=...)` also leads forward again. Releases that were removed, or whose parents were, are
-    passed over. Raises ReleaseError where there is nothing to go back to, PointerHeld on a HOLD.
+    The pointer drops everything after the target from its history (the folders stay), so rolling back again goes
+    further back; `roll_back(to=...)` can also go forward again. Removed releases, and those with removed parents, are
+    skipped. Raises ReleaseError if there is nothing to go back to, PointerHeld on a HOLD.
     """
     history = pointer_history(workspace)
     if to is None:
@@ -173,8 +181,8 @@ def roll_back(workspace: Workspace, to: str | None = None) -> str:
         if to is None:
             raise ReleaseError(
                 f"{workspace.path('releases/CURRENT')}: no release was current before "
-                f"{repr(history[-1]) if history else 'this'}, so there is nothing to roll back to. "
-                f"Name a release: `owlrec release list` shows them."
+                f"{repr(history[-1]) if history else 'this'}, so there is nothing to roll back to. Choose a "
+                "release from `owlrec release list`."
             )
     chain(workspace, to)
     pointer(workspace).rewind(to)
@@ -194,22 +202,23 @@ def _is_whole(workspace: Workspace, name: str) -> bool:
 def open_release(
     workspace: Workspace, name: str | None = None, *, verify: bool = True, warmed: bool = False, lazily: bool = False
 ) -> Release:
-    """Opens release `name`, or the current one, with all that it is read on top of; fetches what a remote workspace's
-    node does not have yet.
+    """Opens release `name`, or the current one, with its parents; for a remote workspace, fetches the parts that the
+    node does not have.
 
-    verify: compare the SHA-256 of a local workspace's files as well as their sizes; a large release is opened faster
-    without (about 1 s per GB). Copies of a remote one are checked when they arrive. warmed: read its files ahead.
-    lazily: open, and fetch, a part when an id of it is first asked for; for stages that need few.
-    Raises ReleaseError where there is none, or where a file or a parent is missing, cut short or changed;
-    WorkspaceError where it does not fit on the node. Without a name, a release that is replaced and pruned while it is
-    being opened is not an error: the one in its place is opened.
+    verify: compare the SHA-256 of a local workspace's files in addition to their sizes, which takes about 1 s per GB
+    for a large release. Copies of remote files are verified on arrival. warmed: read its files ahead. lazily: open and
+    fetch a part when one of its ids is first requested, for stages that need few. Raises ReleaseError if there is none,
+    or if a file or a parent is missing, truncated or changed; WorkspaceError if it does not fit on the node. Without a
+    name, a release that is replaced and pruned during opening is not an error: the new one is opened.
     """
     if name:
         return _open(workspace, name, verify, warmed, lazily)
     for _ in range(_TRIES):
         name = current_release(workspace)
         if name is None:
-            raise ReleaseError(f"{workspace.path('releases')}: nothing was published yet. Run the publish stage first.")
+            raise ReleaseError(
+                f"{workspace.path('releases')}: nothing has been published. Run the publish stage first."
+            )
         try:
             return _open(workspace, name, verify, warmed, lazily)
         except (OwlRecError, OSError) as error:
@@ -217,8 +226,8 @@ def open_release(
                 raise
             last = error
     raise ReleaseError(
-        f"{workspace.path('releases/CURRENT')} moved {_TRIES} times while what it named was being opened (last: "
-        f"{last}). Prune less often, or with a greater minimum age."
+        f"{workspace.path('releases/CURRENT')} changed {_TRIES} times while its release was being opened "
+        f"(last: {last}). Prune less often, or with a higher minimum age."
     )
 
 
@@ -254,7 +263,7 @@ def _open_layer(workspace: Workspace, manifest: ReleaseManifest, warmed: bool) -
 
 
 def open_part(workspace: Workspace, manifest: ReleaseManifest, number: int, *, warmed: bool = False) -> LmdbFile:
-    """One part, fetched if it has to be. Raises ReleaseError where its row counts are not the manifest's."""
+    """Opens one part, fetching it if needed. Raises ReleaseError if its row counts differ from the manifest's."""
     path = f"releases/{manifest.name}/{part_file(number)}"
     copy = workspace.local_copy(path, manifest.files[part_file(number)])
     try:
@@ -279,10 +288,10 @@ def open_part(workspace: Workspace, manifest: ReleaseManifest, number: int, *, w
 
 
 def check_files(workspace: Workspace, manifest: ReleaseManifest, *, hashed: bool, unless_tagged: bool = False) -> None:
-    """Refuses a release whose files are missing, of another size or, with `hashed`, of other content (ReleaseError).
+    """Refuses a release with missing files, wrong sizes or, with `hashed`, wrong contents (ReleaseError).
 
-    unless_tagged: hash only files that were written again since, as their e_tags tell. The size is always compared:
-    LMDB answers a truncated file with SIGBUS, which no caller can catch.
+    unless_tagged: hash only files rewritten since, according to their e_tags. Sizes are always compared:
+    LMDB reacts to a truncated file with SIGBUS, which no caller can catch.
     """
     folder = f"releases/{manifest.name}"
     listed = workspace.entries(folder)
@@ -305,14 +314,14 @@ def check_files(workspace: Workspace, manifest: ReleaseManifest, *, hashed: bool
             pass
 
 
-def read_codebooks(workspace: Workspace, full: ReleaseManifest) -> dict[str, Quantiser]:
-    """By kind, the quantisers that a full release keeps."""
-    folders = {kind: f"releases/{full.name}/{quantiser_folder(kind)}" for kind in full.semantic_ids}
-    return {kind: Quantiser.load(workspace, folder) for kind, folder in folders.items()}
+def read_codebooks(workspace: Workspace, full: ReleaseManifest) -> dict[str, Quantizer]:
+    """Quantizers in a full release, by kind."""
+    folders = {kind: f"releases/{full.name}/{quantizer_folder(kind)}" for kind in full.semantic_ids}
+    return {kind: Quantizer.load(workspace, folder) for kind, folder in folders.items()}
 
 
 def read_part_ids(workspace: Workspace, manifest: ReleaseManifest, number: int, kind: str) -> np.ndarray:
-    """The ids of a kind with knowledge of their own in one part, from its file of ids: int64, ascending."""
+    """Ids of a kind with their own knowledge in one part, from its file of ids: int64, ascending."""
     ids = manifest.parts[number].ids
     if not ids.get(kind):
         return np.zeros(0, dtype=np.int64)
@@ -322,18 +331,18 @@ def read_part_ids(workspace: Workspace, manifest: ReleaseManifest, number: int, 
 
 
 def _check_fits(manifests: Sequence[ReleaseManifest]) -> None:
-    """Refuses, before anything is fetched, a release that the node's cache cannot hold."""
+    """Refuses, before fetching anything, a release that is too large for the node's cache."""
     size = sum(m.bytes for m in manifests)
     room = NodeCache.default().max_bytes
     if size > room:
         raise ReleaseError(
-            f"release {manifests[0].name} has {size:,} bytes, but this node's cache may hold {room:,}. Raise "
-            "OWLREC_CACHE_GIB, or set OWLREC_CACHE to a folder on a larger disk."
+            f"release {manifests[0].name} has {size:,} bytes, but this node's cache is limited to {room:,}. "
+            "Raise OWLREC_CACHE_GIB, or set OWLREC_CACHE to a folder on a larger disk."
         )
 
 
 def _allow_files(n: int) -> None:
-    """Raises this process's limit of open files where it can: a part takes two, itself and its copy's lock."""
+    """Raises this process's limit of open files if possible: a part takes two, itself and its copy's lock."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = n + _SPARE_FILES
     if soft < wanted:
@@ -341,17 +350,17 @@ def _allow_files(n: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard < 0 else min(wanted, hard), hard))
 
 
-# Where servers look for releases
+# Sources of releases for servers
 
 
 class ReleaseSource(Protocol):
-    """Where releases come from."""
+    """A source of releases."""
 
     def current(self) -> str | None:
-        """The name of the current release; None where nothing was published yet."""
+        """Name of the current release; None if nothing has been published."""
 
     def forgotten(self) -> str:
-        """The mark of those who are forgotten (Tombstones.mark): where it changed, a release must be opened again."""
+        """Mark of the forgotten users (Tombstones.mark): when it changes, a release must be reopened."""
 
     def open(self, name: str) -> Release:
         """Opens a release. Raises ReleaseError or StoreUnavailableError."""
@@ -363,7 +372,7 @@ class Database(ReleaseSource, Protocol):
     def __init__(self, url: str) -> None: ...
 
 
-# Databases that hold copies of releases, by the scheme of their address: a new one is a class and a line here.
+# Databases with copies of releases, by the scheme of their address: a new one is a class and a line here.
 STORES: Registry[Database] = Registry(
     "store",
     {
@@ -375,8 +384,8 @@ STORES: Registry[Database] = Registry(
 
 
 def open_store(url: str) -> ReleaseSource:
-    """The releases at an address such as redis://host:6379/0. Raises ReleaseError for a scheme that nobody knows."""
+    """Releases at an address such as redis://host:6379/0. Raises ReleaseError for an unknown scheme."""
     scheme = url.partition("://")[0]
     if scheme not in STORES:
-        raise ReleaseError(f"'{scheme}' begins no address of a store.{did_you_mean(scheme, STORES)}")
+        raise ReleaseError(f"'{scheme}' is not a known store scheme.{did_you_mean(scheme, STORES)}")
     return STORES.load(scheme)(url)

@@ -1,9 +1,9 @@
-"""Keeps chains short and disks free: `compact` merges the current chain into a full release, `prune` removes old ones.
+"""Retention: `compact` merges the current chain of deltas into a full release, `prune` removes old releases.
 
-Merging copies rows as they stand in the files, part by part and in key order, so that neither the length of the chain
-nor the number of texts shows in memory, and the new files' pages are full. Prune never writes the pointer: it could
-undo a swap that happens meanwhile. The names of what it removed stay in the pointer's history, where a roll-back passes
-over them.
+Merging copies rows in stored form, part by part and in key order, so memory use does not depend on the length of the
+chain or the number of texts, and the new files' pages are full. Prune never writes the pointer, since it could
+undo a concurrent swap. The names of removed releases stay in the pointer's history, where a roll-back skips
+them.
 """
 
 import heapq
@@ -17,11 +17,22 @@ from operator import itemgetter
 
 import numpy as np
 
-from owlrec.decoding.release_pools import FOLDER as POOLS
 from owlrec.errors import ReleaseError
+from owlrec.generation.release_pools import FOLDER as POOLS
+from owlrec.ids import Kind, shard_of
 from owlrec.releases.build import BUILDS, PART_IDS, ReleaseInfo, build_release, whole_release
-from owlrec.releases.lmdb import LmdbFile, PartWriter
-from owlrec.releases.manifest import MANIFEST, ReleaseManifest, chain, list_releases
+from owlrec.releases.format import (
+    DATABASES,
+    KEY_BYTES,
+    MANIFEST,
+    ReleaseManifest,
+    chain,
+    decode_keys,
+    encode_keys,
+    list_releases,
+)
+from owlrec.releases.lmdb import LmdbFile
+from owlrec.releases.parts import PartWriter
 from owlrec.releases.release import (
     check_files,
     current_release,
@@ -31,9 +42,7 @@ from owlrec.releases.release import (
     pointer_history,
     read_codebooks,
 )
-from owlrec.releases.rows import DATABASES, KEY_BYTES, decode_keys, encode_keys
 from owlrec.runner import Pool
-from owlrec.schema import Kind, shard_of
 from owlrec.shards import Artifact, Card
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, read_tombstones, shards_for
@@ -44,7 +53,7 @@ _ABANDONED_AFTER_S = 24 * 3600.0  # a build finishes a part every few minutes
 
 @dataclass(frozen=True)
 class ChainRows:
-    """The rows that a chain answers with."""
+    """The rows of a chain as seen by lookups."""
 
     chain: Sequence[ReleaseManifest]  # newest first
     without: frozenset[bytes] = frozenset()  # keys of rows to leave out
@@ -70,17 +79,17 @@ class ChainRows:
 def compact(
     workspace: Workspace, *, pool: Pool | None = None, on_card: Callable[[Card], None] | None = None
 ) -> ReleaseManifest:
-    """Merges the current release and all that it is read on top of into one full release, and makes that current.
+    """Merges the current release and its parents into one full release, and makes it current.
 
-    Lookups answer the same before and after. Does nothing where the current release is full already; a second call
-    after a kill goes on from the parts that the first one finished.
+    Lookups give the same answers before and after. Does nothing if the current release is already full; a second call
+    after a kill resumes with the finished parts of the first.
     pool, on_card: see publish_rows.
-    Returns the manifest of the release that is current then. Raises ReleaseError where nothing was published, a file is
-    damaged, or another release became current meanwhile: that one stays current; PointerHeld on a HOLD.
+    Returns the manifest of the then current release. Raises ReleaseError if nothing has been published, a file is
+    damaged, or another release became current meanwhile, which then stays current; PointerHeld on a HOLD.
     """
     current = current_release(workspace)
     if current is None:
-        raise ReleaseError(f"{workspace.path('releases')}: nothing was published yet. Run the publish stage first.")
+        raise ReleaseError(f"{workspace.path('releases')}: nothing has been published. Run the publish stage first.")
     manifests = chain(workspace, current)
     newest = manifests[0]
     if not newest.delta:
@@ -100,7 +109,7 @@ def _merged(
     pool: Pool | None,
     on_card: Callable[[Card], None] | None,
 ) -> ReleaseManifest:
-    """One release in place of a chain, current. forgotten: names what it must not hold."""
+    """Merges a chain into one current release. forgotten: names it must not contain."""
     newest = manifests[0]
     info = ReleaseInfo(
         fingerprint=fingerprint("compaction", [m.fingerprint for m in manifests], *forgotten),
@@ -114,7 +123,7 @@ def _merged(
         ChainRows(manifests, without),
         shards_for(max(newest.totals.values(), default=0), PART_IDS),
         base=manifests,
-        quantisers=read_codebooks(workspace, manifests[-1]),
+        quantizers=read_codebooks(workspace, manifests[-1]),
         pool=pool,
         on_card=on_card,
     )
@@ -123,7 +132,7 @@ def _merged(
 
 
 def merged_rows(layers: Iterable[Iterator[tuple[bytes, bytes]]]) -> Iterator[tuple[bytes, bytes]]:
-    """The rows that layers of rows, newest first and each ascending by key, answer with together, ascending.
+    """Rows of several layers combined, newest first and each ascending by key; ascending.
 
     All partitions of an id come from the newest layer that has the id.
     """
@@ -140,17 +149,19 @@ def _aged(rows: Iterator[tuple[bytes, bytes]], age: int) -> Iterator[tuple[bytes
 
 
 def _related(part: int, n_parts: int, n_others: int) -> Iterable[int]:
-    """The parts of a release of `n_others` that share ids with one of `n_parts`."""
+    """Parts of a release of `n_others` that share ids with one of `n_parts`."""
     return range(part, n_others, n_parts) if n_others > n_parts else (part & (n_others - 1),)
 
 
-def _layer(files: Sequence[LmdbFile], database: str, of_part: tuple[int, int] | None) -> Iterator[tuple[bytes, bytes]]:
-    """The rows of one release's files, ascending; of_part: a part and the number of parts, to leave other ids out."""
+def _layer(
+    files: Sequence[LmdbFile], database: str, only_part: tuple[int, int] | None
+) -> Iterator[tuple[bytes, bytes]]:
+    """Rows of one release's files, ascending; only_part: a part and the number of parts, to skip other ids."""
     rows = heapq.merge(*(file.items(database) for file in files), key=itemgetter(0))
-    if of_part is None:
+    if only_part is None:
         yield from rows
         return
-    part, n_parts = of_part
+    part, n_parts = only_part
     while batch := list(islice(rows, _ROWS_AT_ONCE)):
         mine = shard_of(decode_keys([key for key, _ in batch])[1], n_parts) == part
         yield from (row for row, keep in zip(batch, mine.tolist(), strict=True) if keep)
@@ -158,15 +169,15 @@ def _layer(files: Sequence[LmdbFile], database: str, of_part: tuple[int, int] | 
 
 @dataclass(frozen=True)
 class UserRows:
-    """What releases hold of some users or cohorts."""
+    """Releases' rows of some users or cohorts."""
 
-    releases: list[str]  # that hold a row of theirs, or are read on top of one that does
+    releases: list[str]  # with such a row, or with a parent that has one
     rows: int
-    ids: frozenset[int]  # of those with a row
+    ids: frozenset[int]  # ids with a row
 
 
 def find_rows(workspace: Workspace, kind: Kind, ids: np.ndarray) -> UserRows:
-    """Looks some ids (int64 [n]) up in every release that is kept, forgotten users too."""
+    """Looks up some ids (int64 [n]) in every release, including forgotten users."""
     manifests = {m.name: m for m in list_releases(workspace)}
     holding, rows, known = set[str](), 0, set[int]()
     for manifest in manifests.values():
@@ -191,10 +202,10 @@ def rebuild_without_forgotten(
     pool: Pool | None = None,
     on_card: Callable[[Card], None] | None = None,
 ) -> ReleaseManifest:
-    """Merges the current release and all that it is read on top of into a full one without users who are forgotten, and
-    without the texts of some cohorts; makes that current. Lookups of all others answer the same.
+    """Merges the current release and its parents into a full one without forgotten users and
+    without the texts of some cohorts; makes it current. Lookups of all other ids give the same answers.
 
-    pool, on_card: see publish_rows. Raises as `compact` does.
+    pool, on_card: see publish_rows. Raises the errors of `compact`.
     """
     current = current_release(workspace)
     assert current is not None
@@ -205,8 +216,8 @@ def rebuild_without_forgotten(
 
 
 def remove_releases(workspace: Workspace, names: Sequence[str]) -> None:
-    """Removes releases, their retrieval pools, and all unfinished builds. None of them may be needed by the current
-    one.
+    """Removes releases, their retrieval pools, and all unfinished builds. The current release must not need any of
+    them.
     """
     for name in names:
         workspace.delete_dir(POOLS, name)
@@ -227,14 +238,14 @@ def _chain_of(manifests: Mapping[str, ReleaseManifest], name: str) -> Iterator[R
 
 
 def prune(workspace: Workspace, keep: int = 3, min_age_s: float = 3600.0) -> list[str]:
-    """Removes releases that nobody needs any more, their retrieval pools, and builds that were given up a day ago;
-    gives their names, sorted.
+    """Removes unneeded releases, their retrieval pools, and builds abandoned for a day;
+    returns the sorted names.
 
-    What stays: the current release, the newest `keep` of the pointer's history that still exist (the current one is the
-    first of them), releases younger than `min_age_s`, and whatever one of these is read on top of. A reader that has a
-    removed release open goes on reading it, on a local disk: the files go when it closes them. Copies in nodes' caches
-    go when their room is needed.
-    Raises ReleaseError where a manifest cannot be read or none is current: what is needed is unknown then.
+    Kept are the current release, the newest `keep` existing ones in the pointer's history (including the current
+    one), releases younger than `min_age_s`, and all their parents. On a local disk, a reader with an open
+    removed release continues to read it: its files disappear when it closes them. Copies in nodes' caches
+    are evicted when space is needed.
+    Raises ReleaseError if a manifest is unreadable or no release is current, because the needed ones are then unknown.
     """
     removed = _remove_abandoned(workspace)
     releases = {m.name: m for m in list_releases(workspace)}
@@ -245,10 +256,10 @@ def prune(workspace: Workspace, keep: int = 3, min_age_s: float = 3600.0) -> lis
     young = [n for n, m in releases.items() if (now - datetime.fromisoformat(m.created)).total_seconds() < min_age_s]
     stay = _needed_now(workspace) | _with_parents(releases, [*islice(swaps, keep), *young])
     for name in sorted(releases.keys() - stay):
-        if name in _needed_now(workspace):  # since a roll-back or a delta that came meanwhile
+        if name in _needed_now(workspace):  # after a concurrent roll-back or delta
             continue
         workspace.delete_dir(POOLS, name)
-        # First the manifest, so that a half-removed folder passes for no release.
+        # The manifest first, so a half-removed folder does not count as a release.
         workspace.delete_file(f"releases/{name}/{MANIFEST}")
         workspace.delete_dir("releases", name)
         removed.append(name)
@@ -257,8 +268,8 @@ def prune(workspace: Workspace, keep: int = 3, min_age_s: float = 3600.0) -> lis
 
 
 def _remove_abandoned(workspace: Workspace) -> list[str]:
-    """Removes folders without a manifest that nobody has built on for a day, and half-removed ones."""
-    folders = workspace.names("releases")  # first, since a build's file comes before its folder
+    """Removes folders without a manifest and without progress for a day, and half-removed ones."""
+    folders = workspace.names("releases")  # first, since a build's file is written before its folder
     builds = {str(workspace.read_json(f"{BUILDS}/{f}")["name"]): f"{BUILDS}/{f}" for f in workspace.names(BUILDS)}
     removed = []
     for name in folders:
@@ -285,8 +296,8 @@ def _needed_now(workspace: Workspace) -> set[str]:
     current = current_release(workspace)
     if current is None:
         raise ReleaseError(
-            f"{workspace.path('releases')}: no release is current, so nobody knows which ones are needed. "
-            f"Make one current first: `owlrec release rollback --to`."
+            f"{workspace.path('releases')}: no release is current, so the needed ones are unknown. Make one "
+            "current first: `owlrec release rollback --to`."
         )
     return {m.name for m in chain(workspace, current)}
 

@@ -1,4 +1,6 @@
-"""What a run does: the functions of all stages, which take a recipe and its workspace.
+"""The functions of all stages, which take a recipe and its workspace.
 
-They stand above the packages that do the work, since only they know the whole recipe, print, and start Ray.
+They are above the packages that do the work: only they know the whole recipe, print, and start Ray.
 """
+
+STAGES = ("prepare", "cohorts", "generate", "encode", "publish", "train_ctr", "evaluate")

@@ -1,4 +1,4 @@
-"""Knowledge and vectors in and out: what was made elsewhere comes in, what a release holds goes out as files."""
+"""Import and export: knowledge and vectors from other sources come in, a release goes out as files."""
 
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
@@ -9,34 +9,34 @@ import pyarrow as pa
 from owlrec.ctr.artifact import read_card
 from owlrec.encoding.inputs import import_vectors as shard_vectors
 from owlrec.errors import ReleaseError, WorkspaceError
-from owlrec.generation.import_export import ImportSource, adopt, export_jsonl, export_parquet
+from owlrec.generation.import_export import ImportSource, export_jsonl, export_parquet, import_knowledge_file
 from owlrec.generation.job import add_cards, iterate_knowledge
+from owlrec.ids import KINDS, TABLES, Kind
 from owlrec.ops.console import note, progress, stage_header
 from owlrec.recipe import Recipe
 from owlrec.releases.release import Release, open_release
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
-from owlrec.runs.stage import from_stage, ray_session
-from owlrec.schema import KINDS, TABLES, Kind
+from owlrec.runs.stages import from_stage, ray_session
 from owlrec.shards import Card, Shard, Stopwatch, finish_stage, finished_stage, forget_stages, needed_stage
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
 if TYPE_CHECKING:
-    from owlrec.ctr.scoring import LiveState
+    from owlrec.ctr.artifact import LiveState
 
 FOLDER = "exports"
-_HERE_IDS = 300_000  # that this process looks up in some ten seconds
+_HERE_IDS = 300_000  # up to this many lookups in this process, in about ten seconds
 _IDS_AT_ONCE = 4096
 
 
 def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource) -> Card:
-    """Reads `source` into the workspace; `encode` and what follows then work on imported knowledge."""
+    """Reads `source` into the workspace; `encode` and later stages then use the imported knowledge."""
     stage_header("import", f"{source.kind} knowledge from {source.path}")
-    needed_stage(workspace, "prepare", "the tables are not prepared")
+    needed_stage(workspace, "prepare", "there are no prepared tables")
     watch = Stopwatch()
     forget_stages(workspace, from_stage("generate"))
-    job = adopt(workspace, recipe.domain, recipe.quality, source)[0]
-    cards = job.artifact(workspace).cards()  # of all imports: this one replaced what an earlier one brought of its kind
+    job = import_knowledge_file(workspace, recipe.domain, recipe.quality, source)[0]
+    cards = job.artifact(workspace).cards()  # of all imports; this one replaced earlier ones of its kind
     counts = add_cards(cards.values())
     for kind in KINDS:
         if counts[f"{kind}_rows_out"] or counts[f"{kind}_rows_dead"]:
@@ -54,43 +54,43 @@ def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource)
 
 
 def import_vectors(workspace: Workspace, kind: Kind, vectors: str, ids: str, as_of_ms: int | None = None) -> int:
-    """Takes in vectors made elsewhere, which `encode` then prefers to its own for their ids; how many there are."""
+    """Imports vectors, which `encode` then prefers to its own for their ids; returns their number."""
     stage_header("import", f"{kind} vectors from {vectors}")
     return shard_vectors(workspace, kind, vectors, ids, as_of_ms).rows
 
 
 def export_knowledge(workspace: Workspace, path: str, kind: Kind | None = None) -> int:
-    """Writes what `generate` made to one file, JSON lines or Parquet by its name; the number of rows."""
+    """Writes the output of `generate` to one file, JSON lines or Parquet by its name; returns the number of rows."""
     generated = finished_stage(workspace, "generate")
     if generated is None:
-        raise WorkspaceError(f"{workspace.root}: no knowledge yet. Run `generate` first, or import some.")
+        raise WorkspaceError(f"{workspace.root}: there is no knowledge. Run `generate` first, or import some.")
     tables = iterate_knowledge(workspace, generated.outputs["knowledge"], (kind,) if kind else KINDS)
     write = export_parquet if path.endswith(".parquet") else export_jsonl
     return write(tables, path)
 
 
 class ExportVectors(Stage):
-    """Shards of the users or items table, as files of the same number."""
+    """Shards of the users or items table, as files with the same number."""
 
     name = "export-vectors"
 
     def __init__(self, folder: str, release: str, artifact: str | None) -> None:
-        """artifact: whose adaptor's fields are exported, too."""
+        """artifact: also export the fields of its adaptor."""
         self.folder, self.release, self.artifact = folder, release, artifact
         self._opened: Release | None = None
         self._live: LiveState | None = None
 
     def open(self, workspace: Workspace, worker: str) -> None:
-        """Opens the release; its parts are fetched as they are asked for."""
+        """Opens the release; its parts are fetched on demand."""
         self._opened = open_release(workspace, self.release, verify=False, lazily=True)
         if self.artifact is not None:
-            from owlrec.ctr.scoring import Artifact  # torch, which importing knowledge does without
-            from owlrec.serving.live import live_state
+            from owlrec.ctr.artifact import CtrArtifact  # imports torch, which importing knowledge does not need
+            from owlrec.serving.rank_api import live_state
 
-            self._live = live_state(Artifact.open(workspace, self.artifact), self._opened)
+            self._live = live_state(CtrArtifact.open(workspace, self.artifact), self._opened)
 
     def run(self, work: Work) -> Result:
-        """Writes the ids of a shard that have a vector."""
+        """Writes a shard's ids with a vector."""
         kind = cast(Kind, work.shard.kind)
         rows = work.workspace.read_shard(TABLES[kind], work.shard.number, [f"{kind}_id", "raw_id"])
         starts = range(0, max(1, len(rows)), _IDS_AT_ONCE)
@@ -126,7 +126,7 @@ class ExportVectors(Stage):
             "release": pa.array([self._opened.name] * len(ids), pa.string()),
         }
         if self._live is not None:
-            columns["adapted"] = _lists(self._live.fields(kind, ids))
+            columns["adaptor_fields"] = _lists(self._live.fields(kind, ids))
         return pa.table(columns)
 
 
@@ -137,22 +137,22 @@ def _lists(matrix: np.ndarray) -> pa.FixedSizeListArray:
 def export_vectors(
     recipe: Recipe, workspace: Workspace, *, release: str | None = None, artifact: str | None = None
 ) -> dict[str, str]:
-    """Writes the vectors of a release, by default the current one; the folder of each kind.
+    """Writes the vectors of a release, by default the current one; returns the folder of each kind.
 
-    Columns: raw_id, id, vector (float16), semantic_id (uint16, the duplicate digit last, null where there is none),
-    as_of (ms, the newest thing that the text knows), release, and with an artifact of `owlrec ctr export` adapted
-    (float32): what its adaptor makes of the vectors. An id without a vector has no row. Files that are there
-    already stay. Raises ReleaseError where nothing is published, or the artifact's model was trained on other
-    vectors; WorkspaceError where the artifact is missing, or its model reads no knowledge.
+    Columns: raw_id, id, vector (float16), semantic_id (uint16, the duplicate digit last, null without one),
+    as_of (ms, the text's cutoff), release, and with an artifact of `owlrec ctr export`
+    adaptor_fields (float32): its adaptor's output. An id without a vector has no row. Existing files
+    stay. Raises ReleaseError if nothing has been published, or the artifact's model was trained on other
+    vectors; WorkspaceError if the artifact is missing, or its model reads no knowledge.
     """
     stage_header("export-vectors", release or "the current release")
     if artifact is not None and read_card(workspace, artifact).reads is None:
-        raise WorkspaceError(f"{workspace.path(artifact)}: its model reads no knowledge, so it has no adapted fields.")
+        raise WorkspaceError(f"{workspace.path(artifact)}: its model reads no knowledge, so it has no adaptor output.")
     with open_release(workspace, release, verify=False, lazily=True) as opened:
         name = opened.name
         kinds = {kind: opened.store.count(kind) for kind in TABLES}
     if not any(kinds.values()):
-        raise ReleaseError(f"release {name} holds neither users nor items. Publish some knowledge first.")
+        raise ReleaseError(f"release {name} has neither users nor items. Publish some knowledge first.")
     folder = f"{FOLDER}/{name}{f'-{fingerprint(artifact)[:8]}' if artifact else ''}"
     stage = ExportVectors(folder, name, artifact)
     inputs = {Shard(kind, number): name for kind in kinds for number in range(workspace.n_shards(kind))}

@@ -1,5 +1,5 @@
-"""What the Serve applications share, as plain Python: request schemas, API keys, limits, errors, the current release.
+"""Shared parts of the Serve applications, as plain Python: request schemas, API keys, limits, errors, current release.
 
-`knowledge_api` and its kin are complete ASGI applications, which unit tests call without Ray; serve_apps/ wraps them in
-deployments.
+`knowledge_api` and the others are complete ASGI applications, which unit tests call without Ray; owlrec.apps wraps them
+in deployments.
 """

@@ -1,7 +1,7 @@
 """Knowledge over HTTP: an ASGI application over the current release.
 
-Each request leases one release and answers from it alone, names it in the header `x-owlrec-release`, and carries an
-ETag: a release never changes, so its name and what was asked for say whether a client's copy still holds.
+Each request leases one release and answers only from it, names it in the header `x-owlrec-release`, and has an
+ETag: a release never changes, so its name and the requested fields identify a valid client copy.
 """
 
 import asyncio
@@ -16,19 +16,22 @@ from pydantic import Field
 from starlette.responses import Response
 
 from owlrec.config import Config
+from owlrec.releases.format import Knowledge
 from owlrec.releases.release import Release
-from owlrec.releases.rows import Knowledge
-from owlrec.serving.guard import Guard, Limits, NoTelemetry, Telemetry
-from owlrec.serving.keys import KeyRing
-from owlrec.serving.problems import (
+from owlrec.serving.guard import (
     BYTES,
     PROBLEMS,
     PROBLEMS_OF_ONE,
+    Guard,
+    Limits,
+    NoTelemetry,
     Problem,
     Stopping,
+    Telemetry,
     complete_document,
     never_stopping,
 )
+from owlrec.serving.keys import KeyRing
 from owlrec.serving.schemas import (
     BYTES_TYPE,
     DEFAULT_FIELDS,
@@ -46,17 +49,16 @@ from owlrec.serving.schemas import (
     SingleAnswer,
     What,
 )
-from owlrec.serving.served import ServedReleases, following_app
-from owlrec.serving.similar import SimilarEntities, vectors_as_bytes, vectors_as_json
+from owlrec.serving.served import ServedReleases, SimilarEntities, following_app, vectors_as_bytes, vectors_as_json
 
 _T = TypeVar("_T")
 
 
 class KnowledgeConfig(Config):
-    """How knowledge is served."""
+    """Settings of the knowledge application."""
 
     limits: Limits = Limits()
-    refresh_s: float = Field(1.0, gt=0)  # how often the pointer is asked for: how long a swap takes to be seen
+    refresh_s: float = Field(1.0, gt=0)  # interval of reading the pointer, and so the delay of a swap
 
 
 def build_knowledge_api(
@@ -67,7 +69,7 @@ def build_knowledge_api(
     telemetry: Telemetry | None = None,
     stopping: Stopping = never_stopping,
 ) -> FastAPI:
-    """The application. It follows the pointer as long as it runs; its caller closes `served` and `similar`."""
+    """Builds the application. It follows the pointer while it runs; its caller closes `served` and `similar`."""
     telemetry = telemetry or NoTelemetry()
     app = following_app(
         "OwlRec knowledge",
@@ -79,7 +81,7 @@ def build_knowledge_api(
         redoc_url=None,
     )
     answers = _Answers(telemetry)
-    vectors_as_json(np.zeros((0, 1)))  # makes its table now, not under the first request
+    vectors_as_json(np.zeros((0, 1)))  # builds its table now instead of in the first request
 
     @app.get("/healthz", response_model=Health)
     async def healthz() -> Health:
@@ -88,7 +90,7 @@ def build_knowledge_api(
 
     @app.get("/v1/releases/current", response_model=ReleaseAnswer, responses=PROBLEMS)
     async def current_release() -> Response:
-        """The release that lookups are answered from."""
+        """The release that answers lookups."""
         with served.lease() as release:
             return _json(release, _describe(release).model_dump_json())
 
@@ -100,10 +102,10 @@ def build_knowledge_api(
         accept: Annotated[str, Header(max_length=1000)] = "",
         if_none_match: Annotated[str, Header(max_length=1000)] = "",
     ) -> Response:
-        """What is known of one user, item or cohort; where it has no text of its own, what its cohorts say."""
+        """Knowledge about one user, item or cohort; falls back to its cohorts' texts."""
         wanted, number = int(id), list(dict.fromkeys(fields))
         if wanted > LARGEST_ID:
-            raise Problem(422, "is no 64-bit integer", field="id")
+            raise Problem(422, "is not a 64-bit integer", field="id")
         as_bytes = BYTES_TYPE in accept
         with served.lease() as release:
             tag = f'"{release.version}.{"f2" if as_bytes else "json"}"'
@@ -114,13 +116,13 @@ def build_knowledge_api(
                 return await answers.as_bytes(release, kind, [wanted], headers, single=True)
             [entity] = await answers.entities(release, kind, [wanted], number)
             if not entity.found:
-                raise Problem(404, "nothing is known of this id", field="id", headers={RELEASE_HEADER: release.name})
+                raise Problem(404, "this id has no knowledge", field="id", headers={RELEASE_HEADER: release.name})
             head = f'{{"release":{json.dumps(release.name)},"kind":"{kind}",'
             return _json(release, head + entity.json[1:], headers)
 
     @app.post("/v1/knowledge:batchGet", response_model=BatchAnswer, responses=PROBLEMS | BYTES)
     async def get_many(asked: BatchGet, accept: Annotated[str, Header(max_length=1000)] = "") -> Response:
-        """What is known of up to 1,000 ids, aligned with them. With `Accept: application/octet-stream`, their vectors
+        """Knowledge about up to 1,000 ids, in their order. With `Accept: application/octet-stream`, their vectors
         as rows of little-endian float16; a missing one is all NaN.
         """
         with served.lease() as release:
@@ -132,12 +134,12 @@ def build_knowledge_api(
 
     @app.post("/v1/knowledge:similar", response_model=SimilarAnswer, responses=PROBLEMS_OF_ONE)
     async def find_similar(asked: Similar) -> Response:
-        """The entities whose vectors lie nearest, by cosine."""
+        """Entities with the nearest vectors, by cosine."""
 
         def find() -> Response:
-            with served.lease() as release:  # by the thread, which outlives a request that is given up
-                found = similar.find(release, asked)
-                answer = SimilarAnswer(release=release.name, kind=asked.kind, results=found)
+            with served.lease() as release:  # held by the thread, which outlives an abandoned request
+                neighbors = similar.find(release, asked)
+                answer = SimilarAnswer(release=release.name, kind=asked.kind, results=neighbors)
                 return _json(release, answer.model_dump_json())
 
         return await asyncio.to_thread(find)
@@ -148,7 +150,7 @@ def build_knowledge_api(
 
 
 class _Piece:
-    """One entity of an answer: its JSON, and whether anything was found."""
+    """One entity of a response: its JSON, and whether it was found."""
 
     __slots__ = ("found", "json")
 
@@ -158,7 +160,7 @@ class _Piece:
 
 
 class _Answers:
-    """Reads a release's store and writes what it says."""
+    """Reads a release's store and writes its answers."""
 
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
@@ -173,7 +175,7 @@ class _Answers:
         self._count(kind, int(mask.sum()), len(ids))
         headers = {**headers, RELEASE_HEADER: release.name, DIM_HEADER: str(rows.shape[1])}
         if single and not mask[0]:
-            raise Problem(404, "no vector is known of this id", field="id", headers={RELEASE_HEADER: release.name})
+            raise Problem(404, "this id has no vector", field="id", headers={RELEASE_HEADER: release.name})
         return Response(vectors_as_bytes(rows, mask), 200, headers, BYTES_TYPE)
 
     async def _timed(self, release: Release, look_up: Callable[[], _T]) -> _T:
@@ -188,18 +190,18 @@ class _Answers:
         store, n = release.store, len(ids)
         about_text = "text" in fields or "provenance" in fields
         knowledge: list[Knowledge | None] = store.get(kind, ids) if about_text else [None] * n
-        found = np.array([k is not None for k in knowledge], dtype=bool)
+        present = np.array([k is not None for k in knowledge], dtype=bool)
         vectors: list[str] = []
         if "vector" in fields:
             rows, mask = store.vectors(kind, ids)
             vectors = [v if there else "null" for v, there in zip(vectors_as_json(rows), mask.tolist(), strict=True)]
-            found |= mask
+            present |= mask
         codes = store.own_codes(kind, ids) if "codes" in fields else None
-        self._count(kind, int(found.sum()), n)
+        self._count(kind, int(present.sum()), n)
         pieces = []
         for row, id_ in enumerate(ids):
             known = knowledge[row]
-            parts = [f'{{"id":{id_},"found":{"true" if found[row] else "false"}']
+            parts = [f'{{"id":{id_},"found":{"true" if present[row] else "false"}']
             if "text" in fields:
                 parts.append(f'"text":{json.dumps(known.text, ensure_ascii=False) if known else "null"}')
             if vectors:
@@ -208,7 +210,7 @@ class _Answers:
                 parts.append(f'"codes":{json.dumps(codes[row] or None)}')
             if "provenance" in fields:
                 parts.append(f'"provenance":{json.dumps(_provenance(release, known)) if known else "null"}')
-            pieces.append(_Piece(bool(found[row]), ",".join(parts) + "}"))
+            pieces.append(_Piece(bool(present[row]), ",".join(parts) + "}"))
         return pieces
 
     def _count(self, kind: Kind, hits: int, asked: int) -> None:

@@ -1,11 +1,11 @@
-"""Ranking over HTTP: an ASGI application around a cascade."""
+"""Ranking over HTTP: a trained model over the current release, and an ASGI application around a cascade."""
 
 import asyncio
 import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -15,27 +15,134 @@ from starlette.responses import Response
 
 from owlrec import __version__
 from owlrec.config import Config
+from owlrec.ctr.artifact import CtrArtifact, FieldCache, LiveState, User
 from owlrec.evaluation import PlattScaling, load_calibration
-from owlrec.ranking.tuning import open_adapter
-from owlrec.serving.guard import Guard, Limits, NoTelemetry, Telemetry
-from owlrec.serving.keys import KeyRing
-from owlrec.serving.problems import (
+from owlrec.ranking.lora import open_adapter
+from owlrec.releases.format import ChainedStore
+from owlrec.releases.lmdb import LmdbStore
+from owlrec.releases.release import Release, ReleaseSource
+from owlrec.serving.guard import (
     PROBLEMS,
+    Guard,
+    Limits,
+    NoTelemetry,
     Problem,
     Stopping,
+    Telemetry,
     complete_document,
     install_problem_handlers,
     never_stopping,
     readiness,
 )
-from owlrec.serving.schemas import Health, Rank, RankAnswer, Ranked, Why
+from owlrec.serving.keys import KeyRing
+from owlrec.serving.schemas import Explanation, Health, Rank, RankAnswer, Ranked
+from owlrec.serving.served import ServedReleases
 from owlrec.workspace import Workspace
 
-# -------------------------------------------------------------------------------------------------------------- rankers
-# Which ranker is current: an adapter or the model as it is, and the map that makes its scores probabilities.
+# ----------------------------------------------------------------------------------------------------------------- live
+# A trained model over the current release, for `/v1/rank`, so that a refresh changes scores at once.
 #
-# `owlrec ranker tune` fits a calibration for each way of asking and leaves it beside the adapter, where it is found
-# without being named. A score that it was not fitted for would come out wrong but plausible, so the way of asking is
+# A release whose vectors come from another encoder or codebooks than the model's is refused like one that
+# cannot be opened: the previous release stays, and without one the application is not ready.
+
+
+def live_state(artifact: CtrArtifact, release: Release, held: Mapping[str, FieldCache] | None = None) -> LiveState:
+    """The inputs of an artifact's model from a release. held: by kind, fields that are known to be the same there.
+
+    Raises ReleaseError for a release of another encoder or codebooks, SchemaError for vectors of another length.
+    """
+    manifest = release.manifest
+    if artifact.card.reads is not None:
+        codebooks = {kind: entry.codebooks for kind, entry in manifest.semantic_ids.items()}
+        artifact.card.reads.refuse_other(manifest.name, manifest.encoder_identity, codebooks)
+    return artifact.over(release.store, dim=manifest.dim, held=held)
+
+
+class ScoredRelease(Release):
+    """An open release with a model's inputs from it."""
+
+    def __init__(self, release: Release, live: LiveState) -> None:
+        super().__init__(release.store, release.chain)
+        self.tombstones = release.tombstones  # already applied by its store
+        self.live = live
+
+
+class ScoredReleases:
+    """A ReleaseSource of releases that an artifact may read. Fields are kept from a release to its deltas."""
+
+    def __init__(self, artifact: CtrArtifact, source: ReleaseSource) -> None:
+        self._artifact, self._source = artifact, source
+        self._before: ScoredRelease | None = None
+
+    def current(self) -> str | None:
+        """See ReleaseSource.current."""
+        return self._source.current()
+
+    def forgotten(self) -> str:
+        """See ReleaseSource.forgotten."""
+        return self._source.forgotten()
+
+    def open(self, name: str) -> ScoredRelease:
+        """See ReleaseSource.open. Raises as `live_state` does."""
+        release = self._source.open(name)
+        try:
+            held = unchanged_fields(self._before, release) if self._before else None
+            self._before = ScoredRelease(release, live_state(self._artifact, release, held))
+        except BaseException:
+            release.close()
+            raise
+        return self._before
+
+
+def unchanged_fields(before: ScoredRelease, release: Release) -> dict[str, FieldCache]:
+    """Fields that are the same in a release as in the previous one, by kind; none if unknown.
+
+    A delta on top of the previous release changes only the ids whose vectors it has, if it does not change cohorts.
+    """
+    names = [manifest.name for manifest in release.chain]
+    delta, store = release.manifest, release.store
+    if names[1:] != [manifest.name for manifest in before.chain] or not isinstance(store, ChainedStore):
+        return {}
+    newest, same = store.layers[0], {}
+    for kind, held in before.live.held.items() if isinstance(newest, LmdbStore) else ():
+        if not delta.vectors.get("cohort") and not delta.memberships.get(kind):
+            changed = newest.vector_ids(kind)
+            same[kind] = held.without(changed) if len(changed) else held
+    return same
+
+
+class LiveScorer:
+    """Scores with an artifact over the current release of a source, followed by `served`. Threads may share it."""
+
+    def __init__(self, artifact: CtrArtifact, source: ReleaseSource) -> None:
+        self.served = ServedReleases(ScoredReleases(artifact, source))
+        self._scorer = artifact.scorer
+
+    def score(self, user: int | User, candidates: Sequence[int]) -> np.ndarray:
+        """See Scorer.score. The whole call uses one release, and a forgotten user scores like an unknown one. Raises
+        Problem (503) if there is no release.
+        """
+        asking = user if isinstance(user, User) else User(user)
+        with self.served.lease() as release:
+            assert isinstance(release, ScoredRelease)
+            if asking.user_id is not None and asking.user_id in release.tombstones:
+                asking = replace(asking, user_id=None)
+            return self._scorer.score(asking, candidates, release.live)
+
+    def problem(self) -> str | None:
+        """The problem that prevents scoring; None if there is none."""
+        return None if self.served.name else self.served.error or "no release is loaded yet"
+
+
+# ------------------------------------------------------------------------------------------------------------- rank api
+# Ranking over HTTP: an ASGI application around a cascade.
+
+
+# -------------------------------------------------------------------------------------------------------------- rankers
+# The current ranker: an adapter or the untuned model, and the map from its scores to probabilities.
+#
+# `owlrec ranker tune` fits a calibration for each prompt type and stores it next to the adapter, where it is found
+# automatically. Applied to other scores, it would give wrong but plausible values, so the prompt type is
 # part of the file's name.
 
 
@@ -43,36 +150,36 @@ _log = logging.getLogger("owlrec.serving")
 
 
 class RankerChoice(Config):
-    """What the ranker is set to; paths are relative to the workspace."""
+    """Settings of the ranker; paths are relative to the workspace."""
 
-    adapter: str | None = None  # a folder that `owlrec ranker tune` wrote; None = the model as it is
-    calibration: str | None = Field(None, min_length=1)  # a file; None = the adapter's own, where it has one
+    adapter: str | None = None  # a folder of `owlrec ranker tune`; None = the untuned model
+    calibration: str | None = Field(None, min_length=1)  # a file; None = the adapter's own, if it has one
 
 
 @dataclass(frozen=True)
-class RankerInForce:
+class CurrentRanker:
     """A checked choice."""
 
     adapter: str | None  # a local folder
     calibration: PlattScaling | None
 
     def probabilities(self, scores: np.ndarray) -> list[float]:
-        """Scores of Yes as probabilities, calibrated where there is a calibration. scores: [n]; nan stays nan."""
+        """Scores of Yes as probabilities, with the calibration if there is one. scores: [n]; nan stays nan."""
         if self.calibration is None:
             return [float(score) for score in scores]
         known = ~np.isnan(scores)
-        found = np.full(len(scores), np.nan)
-        found[known] = self.calibration.apply(scores[known])
-        return found.tolist()
+        calibrated = np.full(len(scores), np.nan)
+        calibrated[known] = self.calibration.apply(scores[known])
+        return calibrated.tolist()
 
 
 def open_ranker(
     workspace: Workspace, choice: Mapping[str, str | None], *, model: str, wording: str, shown: str
-) -> RankerInForce:
-    """Opens a RankerChoice. model, wording: that the adapter must be of (see open_adapter); shown: how behaviours are
-    shown in questions.
+) -> CurrentRanker:
+    """Opens a RankerChoice. model, wording: expected of the adapter (see open_adapter); shown: the prompt
+    type.
 
-    Raises WorkspaceError for what is missing or damaged, EngineError for an adapter of another model or wording.
+    Raises WorkspaceError for missing or damaged files, and EngineError for an adapter of another model or wording.
     """
     asked = RankerChoice.model_validate(choice)
     adapter, file = None, asked.calibration
@@ -83,28 +190,28 @@ def open_ranker(
             file = beside
     calibration = load_calibration(workspace, file) if file else None
     _log.info("ranker: adapter %s, calibration %s", asked.adapter, file)
-    return RankerInForce(adapter, calibration)
+    return CurrentRanker(adapter, calibration)
 
 
 # -------------------------------------------------------------------------------------------------------------- ranking
-# The cascade: a CTR model puts all candidates in order, an LLM re-orders the head of it within the deadline.
+# The cascade: a CTR model ranks all candidates, and an LLM re-ranks the first ones within the deadline.
 #
-# What the LLM has not said by then is not waited for: the CTR order goes out, marked as degraded. A recommendation
-# that is late is worth nothing, and one by the CTR model is what there was before the LLM came.
+# On deadline, the CTR ranking is returned with `degraded: true`. A late
+# recommendation is worthless, and the CTR ranking is the usual one without an LLM.
 
 
-_MARGIN_S = 0.01  # kept for writing the answer, but no more than a tenth of what there is
+_MARGIN_S = 0.01  # reserved for writing the response, at most a tenth of the deadline
 
 
 class Backend(Protocol):
-    """Something that scores candidates: a deployment's handle, or a test."""
+    """A scorer of candidates: a deployment's handle, or a test."""
 
     async def score(self, asked: Rank, candidates: Sequence[int]) -> Sequence[float]:
-        """A probability for each candidate, in their order; nan where one could not be scored."""
+        """A probability for each candidate, in order; nan if one could not be scored."""
 
 
 class Cascade:
-    """Ranks with a CTR model and, where there is one, an LLM."""
+    """Ranks with a CTR model and, if there is one, an LLM."""
 
     def __init__(self, ctr: Backend, llm: Backend | None, telemetry: Telemetry | None = None) -> None:
         self._ctr = ctr
@@ -112,14 +219,14 @@ class Cascade:
         self._telemetry = telemetry or NoTelemetry()
 
     async def rank(self, asked: Rank) -> RankAnswer:
-        """Candidates in order, at the deadline at the latest.
+        """Candidates in order, by the deadline at the latest.
 
-        Raises Problem (503) where not even the CTR model answers in time.
+        Raises Problem (503) if even the CTR model does not answer in time.
         """
         whole_s = asked.deadline_ms / 1000
         due = time.monotonic() + whole_s - min(_MARGIN_S, whole_s / 10)
         ctr = await self._ctr_scores(asked, due)
-        # Ties, and NaN keep the order in which the candidates came.
+        # Ties and NaN keep the input order.
         order = sorted(range(len(ctr)), key=lambda row: -ctr[row] if not math.isnan(ctr[row]) else math.inf)
         head = order if asked.mode == "llm" else order[: asked.rerank] if asked.mode == "cascade" else []
         said, reason = await self._llm_scores(asked, [asked.candidates[row] for row in head], due)
@@ -141,7 +248,7 @@ class Cascade:
                 id=asked.candidates[row],
                 score=_number(mixed.get(row, ctr[row])),
                 by="llm" if row in llm else "ctr",
-                why=Why(ctr_score=_number(ctr[row]), ctr_place=places[row], llm_score=llm.get(row))
+                explanation=Explanation(ctr_score=_number(ctr[row]), ctr_place=places[row], llm_score=llm.get(row))
                 if asked.explain
                 else None,
             )
@@ -204,7 +311,7 @@ def build_rank_api(
     ready: Callable[[], Awaitable[str | None]],
     stopping: Stopping = never_stopping,
 ) -> FastAPI:
-    """The application. ready: what keeps it from ranking now; None where nothing does."""
+    """Builds the application. ready: the problem that prevents ranking; None if there is none."""
     app = FastAPI(title="OwlRec ranking", version=__version__, redoc_url=None)
     install_problem_handlers(app)
 
@@ -215,12 +322,12 @@ def build_rank_api(
 
     @app.get("/readyz", response_model=Health, responses={503: {"model": Health}})
     async def readyz() -> Response:
-        """Whether requests can be ranked: the CTR model answers."""
+        """Whether requests can be ranked, that is, whether the CTR model responds."""
         return readiness(await ready(), stopping)
 
     @app.post("/v1/rank", response_model=RankAnswer, response_model_exclude_none=True, responses=PROBLEMS)
     async def rank(asked: Rank) -> RankAnswer:
-        """Candidates in order, at the deadline at the latest; `degraded` where the LLM did not have its say."""
+        """Candidates in order, by the deadline at the latest; `degraded` if the LLM did not rank in time."""
         return await cascade.rank(asked)
 
     app.add_middleware(Guard, keys=keys, limits=limits, telemetry=telemetry)

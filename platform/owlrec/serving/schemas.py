@@ -1,13 +1,13 @@
-"""What requests may hold and what answers look like; FastAPI makes the OpenAPI document of them.
+"""Schemas of requests and responses, from which FastAPI builds the OpenAPI document.
 
-Strict throughout: an id is a JSON integer, never a string, a float or a boolean, and an unknown key is a mistake.
+Strict throughout: an id is a JSON integer, never a string, a float or a boolean, and an unknown key is an error.
 """
 
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 
-BYTES_TYPE = "application/octet-stream"  # vectors as they are, in place of JSON
+BYTES_TYPE = "application/octet-stream"  # raw vectors instead of JSON
 RELEASE_HEADER = "x-owlrec-release"
 DIM_HEADER = "x-owlrec-dim"
 REQUEST_ID_HEADER = "x-owlrec-request-id"
@@ -30,7 +30,7 @@ class Request(BaseModel):
 
 
 class FieldError(BaseModel):
-    """One mistake in a request."""
+    """One error in a request."""
 
     field: str
     message: str
@@ -47,7 +47,7 @@ class ProblemDocument(BaseModel):
 
 
 class BatchGet(Request):
-    """Knowledge of many ids of one kind."""
+    """Knowledge about many ids of one kind."""
 
     kind: Kind
     ids: list[Id] = Field(min_length=1, max_length=MAX_IDS)
@@ -57,12 +57,12 @@ class BatchGet(Request):
     @classmethod
     def _each_once(cls, values: list[int | str]) -> list[int | str]:
         if len(set(values)) < len(values):
-            raise ValueError("holds a value twice; name each once")
+            raise ValueError("has a duplicate; list each value once")
         return values
 
 
 class Similar(Request):
-    """Which entities of a kind lie nearest to one of them, or to a vector."""
+    """Nearest neighbors of an entity, or of a vector, among one kind."""
 
     kind: Kind
     id: Id | None = None
@@ -74,25 +74,25 @@ class Similar(Request):
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if (self.id is None) == (self.vector is None):
-            raise ValueError("give either `id` or `vector`, not both")
+            raise ValueError("pass either `id` or `vector`, not both")
         return self
 
 
 class Provenance(BaseModel):
-    """Where a text comes from."""
+    """Origin of a text."""
 
-    as_of: int  # ms since 1970, UTC: the text knows nothing later
+    as_of: int  # ms since 1970, UTC: the text's cutoff
     framework: str
     quality: str
     model: str
     encoder: str
-    from_cohorts: bool  # the text is that of the id's cohorts, since it has none of its own
+    from_cohorts: bool  # the text comes from the id's cohorts, because it has none of its own
 
 
 class Entity(BaseModel):
-    """What is known of one id. `found` is false where there is neither text nor vector.
+    """Knowledge about one id. `found` is false if there is neither text nor vector.
 
-    A field that was not asked for is absent; one that is not there is null.
+    A field that was not requested is absent; a missing one is null.
     """
 
     id: int
@@ -104,37 +104,37 @@ class Entity(BaseModel):
 
 
 class SingleAnswer(Entity):
-    """Answer of GET /v1/knowledge/{kind}/{id}."""
+    """Response of GET /v1/knowledge/{kind}/{id}."""
 
     release: str
     kind: Kind
 
 
 class BatchAnswer(BaseModel):
-    """Answer of POST /v1/knowledge:batchGet: `results` are aligned with `ids`."""
+    """Response of POST /v1/knowledge:batchGet: `results` are aligned with `ids`."""
 
     release: str
     kind: Kind
     results: list[Entity]
 
 
-class Neighbour(BaseModel):
-    """One entity that is near."""
+class Neighbor(BaseModel):
+    """One nearby entity."""
 
     id: int
     score: float  # cosine
 
 
 class SimilarAnswer(BaseModel):
-    """Answer of POST /v1/knowledge:similar, nearest first."""
+    """Response of POST /v1/knowledge:similar, nearest first."""
 
     release: str
     kind: Kind
-    results: list[Neighbour]
+    results: list[Neighbor]
 
 
 class ReleaseAnswer(BaseModel):
-    """Answer of GET /v1/releases/current."""
+    """Response of GET /v1/releases/current."""
 
     release: str
     created: str
@@ -142,15 +142,15 @@ class ReleaseAnswer(BaseModel):
     encoder: str
     parent: str | None
     delta: bool
-    chain: list[str]  # what it is read on top of, newest first, itself included
+    chain: list[str]  # itself and its parents, newest first
     dim: int
-    knowledge: dict[str, int]  # ids with a text of their own, by kind
+    knowledge: dict[str, int]  # ids with their own text, by kind
     as_of_min: int
     as_of_max: int
 
 
 class Health(BaseModel):
-    """Answer of /healthz and /readyz."""
+    """Response of /healthz and /readyz."""
 
     status: str
     release: str | None = None
@@ -162,27 +162,27 @@ Score = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6)]
 MAX_LLM_CANDIDATES = 100
 
 
-class Behaviour(Request):
-    """One thing that a user did."""
+class HistoryEntry(Request):
+    """One behavior of a user."""
 
     item_id: Id
     rating: Score | None = None
-    taken: bool = True  # false of what the user was shown and passed over
+    taken: bool = True  # false for an item that was shown and passed over
 
 
 class Rank(Request):
-    """Candidates to put in order for a user: one that is known by id, one that brings a history, or both."""
+    """Candidates to rank for a user, given by id, by a history, or by both."""
 
     user_id: Id | None = None
-    history: list[Behaviour] | None = Field(None, max_length=500)  # latest last; in place of what is known
+    history: list[HistoryEntry] | None = Field(None, max_length=500)  # latest last; replaces the stored history
     profile: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=200)]] = Field(
         default_factory=dict, max_length=32
     )
     candidates: list[Id] = Field(min_length=1, max_length=MAX_IDS)
     mode: Mode = "ctr"
     top_k: StrictInt = Field(10, ge=1, le=MAX_IDS)
-    rerank: StrictInt = Field(10, ge=1, le=MAX_LLM_CANDIDATES)  # how many of the CTR order a cascade asks the LLM about
-    llm_weight: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)  # in a re-ranked score; the CTR model has the rest
+    rerank: StrictInt = Field(10, ge=1, le=MAX_LLM_CANDIDATES)  # top CTR candidates for the LLM
+    llm_weight: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)  # share in a re-ranked score
     deadline_ms: StrictInt = Field(1000, ge=10, le=30_000)
     explain: bool = False
 
@@ -190,41 +190,41 @@ class Rank(Request):
     @classmethod
     def _each_once(cls, values: list[int]) -> list[int]:
         if len(set(values)) < len(values):
-            raise ValueError("holds a value twice; name each once")
+            raise ValueError("has a duplicate; list each value once")
         return values
 
     @model_validator(mode="after")
     def _somebody(self) -> Self:
         if self.user_id is None and self.history is None:
-            raise ValueError("give `user_id`, `history`, or both")
+            raise ValueError("pass `user_id`, `history`, or both")
         if self.mode == "llm" and len(self.candidates) > MAX_LLM_CANDIDATES:
-            raise ValueError(f"mode llm takes at most {MAX_LLM_CANDIDATES} candidates; use cascade for more")
+            raise ValueError(f"mode llm accepts at most {MAX_LLM_CANDIDATES} candidates; use cascade for more")
         return self
 
 
-class Why(BaseModel):
-    """How a place came about."""
+class Explanation(BaseModel):
+    """Explanation of a place."""
 
-    ctr_score: float | None = None  # absent where the CTR model could not score it
+    ctr_score: float | None = None  # absent if the CTR model could not score it
     ctr_place: int  # counted from 1, among all candidates
     llm_score: float | None = None
 
 
 class Ranked(BaseModel):
-    """One candidate in its place. score: the probability of a click or a Yes, or their weighted mean, absent where
-    nobody could score it; only those of one `by` compare, unless the LLM's are calibrated.
+    """One candidate in its place. score: the probability of a click or a Yes, or their weighted mean, absent if
+    it was not scored; scores are comparable only within one `by`, unless the LLM's are calibrated.
     """
 
     id: int
     score: float | None = None
     by: Literal["ctr", "llm"]
-    why: Why | None = None  # where `explain` asked for it
+    explanation: Explanation | None = None  # if `explain` was set
 
 
 class RankAnswer(BaseModel):
-    """Answer of POST /v1/rank, the best first."""
+    """Response of POST /v1/rank, the best first."""
 
     mode: Mode
-    degraded: bool  # the LLM did not have its say (about all that it was asked); `reason` says why
+    degraded: bool  # the LLM did not score all its candidates in time; see `reason`
     reason: str | None = None
     results: list[Ranked]

@@ -1,4 +1,5 @@
-"""Raw data to contract tables. A new source is a file with a Source, whose `load` gives RawTables, and a line here."""
+"""Raw data to contract tables. A new source is a file with a Source, whose `load` returns RawTables, and a line
+here."""
 
 from typing import Annotated
 
@@ -8,9 +9,9 @@ from owlrec.sources.raw import Source
 SOURCES: Registry[Source] = Registry(
     "source",
     {
-        "movielens-100k": "owlrec.sources.movielens.MovieLens100KSource",
-        "movielens": "owlrec.sources.movielens.MovieLensSource",
-        "amazon": "owlrec.sources.amazon.AmazonSource",
+        "movielens-100k": "owlrec.sources.datasets.MovieLens100KSource",
+        "movielens": "owlrec.sources.datasets.MovieLensSource",
+        "amazon": "owlrec.sources.datasets.AmazonSource",
         "table": "owlrec.sources.tabular.TableSource",
     },
 )

@@ -1,97 +1,123 @@
-"""What became of an interaction: taken, graded or passed over, and the label that models learn.
+"""Outcomes of interactions (taken, graded or passed over) and the label that models learn.
 
-Logs say it in different columns. `rating` is a grade, or how often somebody played; `label` is 0, 1 or a probability;
-`event` names what happened (impression, click, play, install, purchase). The recipe's label rule turns each into the
+Logs have them in different columns. `rating` is a grade or a count; `label` is 0, 1 or a probability;
+`event` names the event (impression, click, play, install, purchase). The recipe's label rule converts each to the
 two columns that all stages read, `rating` (null: not graded) and `label`:
 
-* rating_above: who grades has taken; the label is 1 where the grade exceeds a value.
-* column: the label is the column's own, or 1 for every event but an impression; below a half, without a grade, it was
-  passed over.
-* positives_only: every row was taken; samples of label 0 are drawn. A rating counts how often.
+* rating_above: a graded item was taken; the label is 1 if the grade exceeds a value.
+* column: the label is the column's own, or 1 for every event except an impression; without a grade, a label below 0.5
+means passed over.
+* positives_only: every row was taken; negatives are sampled. A rating is a count.
 
-One that was passed over is never quoted to an LLM as taken, and has a token of its own in the histories of CTR models.
+A passed-over item is never quoted to an LLM as taken, and has its own token in the histories of CTR models.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, PositiveInt, field_validator
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, did_you_mean
-from owlrec.ordered import rows_of
-from owlrec.schema import hash_of
+from owlrec.ids import hash_of, rows_of
 from owlrec.shards import Card
 
-OUTCOME_COLUMNS = ("rating", "label", "event")  # of a source's interactions; any may be absent
-SPLIT = "split"  # another one that may be there: a predefined split
-WEIGHT = "weight"  # and another: how much its samples count in training
+OUTCOME_COLUMNS = ("rating", "label", "event")  # in a source's interactions; all optional
+SPLIT = "split"  # optional column: a predefined split
+WEIGHT = "weight"  # optional column: weight of its samples in training
 SPLITS = ("train", "valid", "test")
-POSITIVE = 0.5  # a label from here on is that of something taken, and a positive where a class is wanted
+POSITIVE = 0.5  # labels from here on mean taken, and the positive class
 PASSED_OVER = "impression"
 EVENTS = (PASSED_OVER, "click", "play", "install", "purchase")
 Rule = Literal["rating_above", "column", "positives_only"]
-# An impression that its user acts on within so long was not passed over.
+# An impression was not passed over if its user acts on it within this time.
 ANSWER_MS = 24 * 3_600_000
-_ROUNDS = 20  # of drawing again what the user took; then the user's whole catalog is looked through
+_ROUNDS = 20  # redraws of taken items, before the whole catalog is searched
 
 
 class LabelConfig(Config):
-    """Which interactions are positive. See owlrec.sources.outcomes.
+    """Rules for positive interactions. See owlrec.sources.outcomes.
 
-    rule: where it is not given, `column` for interactions with a column label or event, `rating_above` for those with a
-    rating, else `positives_only`.
+    rule: by default `column` for interactions with a column label or event, `rating_above` for those with a
+    rating, otherwise `positives_only`. `{rating_above: 4}` is that rule with another value than the scenario's.
+    negatives: of positives_only, samples of label 0 for each of label 1: drawn from all items alike, or, as
+    `{popularity: 4}`, the more often the more popular they are.
     """
 
-    rule: Rule | None = None
-    rating_above: float | None = None  # by default the scenario's
-    negatives: int = Field(4, ge=1)  # positives_only: samples of label 0 for each of label 1
-    negatives_by: Literal["uniform", "popularity"] = "uniform"
+    rule: Rule | dict[Literal["rating_above"], float] | None = None
+    negatives: PositiveInt | dict[Literal["uniform", "popularity"], PositiveInt] = 4
+
+    @field_validator("rule", "negatives")
+    @classmethod
+    def _of_one(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) != 1:
+            raise ValueError("must hold one `name: number`")
+        return value
+
+    @property
+    def rating_above(self) -> float | None:
+        """What a rating must exceed; None = the scenario's."""
+        return self.rule["rating_above"] if isinstance(self.rule, dict) else None
+
+    @property
+    def rule_name(self) -> Rule | None:
+        """`rule` without its value."""
+        return "rating_above" if isinstance(self.rule, dict) else self.rule
+
+    @property
+    def drawn(self) -> tuple[Literal["uniform", "popularity"], int]:
+        """How negatives are drawn, and how many."""
+        if isinstance(self.negatives, dict):
+            return next(iter(self.negatives.items()))
+        return "uniform", self.negatives
 
 
 class Labels(BaseModel, frozen=True):
-    """A label rule that is decided: what LabelConfig comes to for a source."""
+    """A resolved label rule: a LabelConfig applied to a source."""
 
     rule: Rule
     rating_above: float
     negatives: int = 0  # 0 unless the rule is positives_only
     negatives_by: Literal["uniform", "popularity"] = "uniform"
-    seed: int = 0  # of the draw; no recipe sets it
+    seed: int = 0  # of the sampling; no recipe sets it
     events: bool = False  # whether labels come from events
 
     @classmethod
     def of(cls, config: LabelConfig, columns: Collection[str], rating_above: float) -> "Labels":
         """The rule for interactions with these columns; rating_above: the scenario's.
 
-        Raises SchemaError where the rule asks for a column that is not there.
+        Raises SchemaError if the rule needs a missing column.
         """
-        labelled = bool({"label", "event"} & set(columns))
-        rule = config.rule or ("column" if labelled else "rating_above" if "rating" in columns else "positives_only")
-        if rule == "column" and not labelled:
+        labeled = bool({"label", "event"} & set(columns))
+        rule = config.rule_name or (
+            "column" if labeled else "rating_above" if "rating" in columns else "positives_only"
+        )
+        if rule == "column" and not labeled:
             raise SchemaError(
-                "labels.rule is column, but the interactions have neither a column label nor event. Map one under "
-                "source.columns.interactions, or choose another rule."
+                "labels.rule is column, but the interactions have neither a column label nor event. Map one "
+                "under source.columns.interactions, or use another rule."
             )
         if rule == "rating_above" and "rating" not in columns:
             raise SchemaError(
                 "labels.rule is rating_above, but the interactions have no column rating. Map one under "
-                "source.columns.interactions, or choose another rule."
+                "source.columns.interactions, or use another rule."
             )
+        how, negatives = config.drawn
         drawn = rule == "positives_only"
         return cls(
             rule=rule,
             rating_above=rating_above if config.rating_above is None else config.rating_above,
-            negatives=config.negatives if drawn else 0,
-            negatives_by=config.negatives_by if drawn else "uniform",
+            negatives=negatives if drawn else 0,
+            negatives_by=how if drawn else "uniform",
             events=rule == "column" and "label" not in columns,
         )
 
     @classmethod
-    def of_card(cls, prepared: Card) -> "Labels":
-        """The rule that the tables were prepared by. prepared: the card of the stage."""
+    def from_card(cls, prepared: Card) -> "Labels":
+        """The rule of the prepared tables. prepared: the card of the stage."""
         return cls.model_validate_json(str(prepared.counts["labels"]))
 
     @property
@@ -99,17 +125,17 @@ class Labels(BaseModel, frozen=True):
         """The rule in a few words."""
         return {
             "rating_above": f"label 1 where rating > {self.rating_above:g}",
-            "column": "label 1 for every event but an impression" if self.events else "labels as logged",
-            "positives_only": f"label 1 as logged, {self.negatives} of label 0 drawn for each ({self.negatives_by})",
+            "column": "label 1 for every event except impressions" if self.events else "labels as logged",
+            "positives_only": f"label 1 as logged, plus {self.negatives} sampled negatives each ({self.negatives_by})",
         }[self.rule]
 
 
 def with_outcomes(table: pa.Table, labels: Labels, name: str, first_row: int = 0) -> pa.Table:
-    """Interactions with `rating` (null: not graded), `label`, `split` (null: not predefined) and `weight`, in place of
-    the columns that the source has.
+    """Interactions with `rating` (null: not graded), `label`, `split` (null: not predefined) and `weight`, replacing
+    the source's columns.
 
-    name, first_row: of the table, in errors. Raises SchemaError naming the row of a label outside [0, 1], an event or a
-    split of an unknown name, a rating that the rule needs and that is null, or a weight that is negative or none.
+    name, first_row: of the table, in errors. Raises SchemaError with the row for a label outside [0, 1], an unknown
+    event or split, a null rating that the rule needs, or a weight that is negative or null.
     """
     rating = _ratings(table, labels, name, first_row)
     if labels.rule == "rating_above":
@@ -133,21 +159,21 @@ def with_outcomes(table: pa.Table, labels: Labels, name: str, first_row: int = 0
 
 
 def taken(rating: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Which interactions were taken, bool [n]; the others were passed over. rating: NaN where not graded."""
+    """Interactions that were taken, bool [n]; the others were passed over. rating: NaN if not graded."""
     return ~np.isnan(rating) | (label >= POSITIVE)
 
 
 def was_taken(rating: float | None, label: float) -> bool:
-    """The same of one interaction; rating: None where not graded."""
+    """The same for one interaction; rating: None if not graded."""
     return rating is not None or label >= POSITIVE
 
 
 def answered(user: np.ndarray, item: np.ndarray, time: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Which impressions (label 0) their user acted on within ANSWER_MS, bool [n]: what happened tells the outcome."""
+    """Impressions (label 0) that their user acted on within ANSWER_MS, bool [n]: the later event has the outcome."""
     order = np.lexsort((label, time, item, user))
     user, item, time, label = user[order], item[order], time[order], label[order]
     n = len(user)
-    # The next row of something taken, of the same user and item: rows before it in this order are earlier.
+    # The next taken row of the same user and item; rows before it in this order are earlier.
     following = np.where(label > 0, np.arange(n), n)
     following = np.minimum.accumulate(following[::-1])[::-1] if n else following
     there = following < n
@@ -167,18 +193,18 @@ def drawn_negatives(
     took: tuple[np.ndarray, np.ndarray],
     catalog: np.ndarray,
 ) -> np.ndarray:
-    """Items that stand for what was not taken: int64 [n, negatives], -1 where the user has taken every item.
+    """Negative items: int64 [n, negatives], -1 if the user has taken every item.
 
-    user, time, item: of the positives. took: (user, item) of all that their users ever took. catalog: all item ids,
-    ascending. By popularity, items are drawn from `took` as often as they stand there, which in a shard of users is a
-    sample of all. A draw is a hash of the positive
-    and the seed, so that a sample keeps its negatives whatever else is prepared with it.
+    user, time, item: of the positives. took: (user, item) pairs that the users ever took. catalog: all item ids,
+    ascending. By popularity, items are drawn from `took` with their frequency, which in a shard of users is a
+    sample of all. Each draw is a hash of the positive
+    and the seed, so a sample keeps its negatives when other data is added.
     """
     users, place = np.unique(took[0], return_inverse=True)
     places = np.unique(rows_of(catalog, took[1]) + place * len(catalog))
-    of_user = np.searchsorted(users, user) * len(catalog)
+    user_keys = np.searchsorted(users, user) * len(catalog)
     source = np.sort(took[1]) if labels.negatives_by == "popularity" else catalog
-    found = np.full((len(user), labels.negatives), -1, dtype=np.int64)
+    negatives = np.full((len(user), labels.negatives), -1, dtype=np.int64)
     for number in range(labels.negatives):
         missing = np.arange(len(user))
         for attempt in range(_ROUNDS):
@@ -186,29 +212,30 @@ def drawn_negatives(
                 break
             mixed = hash_of(labels.seed, number, attempt, user[missing], time[missing], item[missing])
             chosen = source[mixed % len(source)]
-            key = rows_of(catalog, chosen) + of_user[missing]
-            twice = (found[missing, :number] == chosen[:, None]).any(axis=1) & (len(catalog) > 4 * labels.negatives)
+            key = rows_of(catalog, chosen) + user_keys[missing]
+            twice = (negatives[missing, :number] == chosen[:, None]).any(axis=1) & (len(catalog) > 4 * labels.negatives)
             good = (rows_of(places, key) < 0) & ~twice
-            found[missing[good], number] = chosen[good]
+            negatives[missing[good], number] = chosen[good]
             missing = missing[~good]
-        for row in missing.tolist():  # of users who took nearly everything, or of few items
+        for row in missing.tolist():  # users who took nearly everything, or small catalogs
             left = np.setdiff1d(catalog, took[1][took[0] == user[row]])
             if len(left):
                 at = hash_of(labels.seed, number, _ROUNDS, user[[row]], time[[row]], item[[row]])[0] % len(left)
-                found[row, number] = left[at]
-    return found
+                negatives[row, number] = left[at]
+    return negatives
 
 
 def _ratings(table: pa.Table, labels: Labels, name: str, first_row: int) -> np.ndarray:
-    """float32 [n], NaN where there is none."""
+    """float32 [n], NaN if missing."""
     if "rating" not in table.column_names:
         return np.full(table.num_rows, np.nan, dtype=np.float32)
     values = table["rating"].cast(pa.float32()).to_numpy().astype(np.float32)
     missing = np.isnan(values)
     if labels.rule == "rating_above" and missing.any():
         raise SchemaError(
-            f"{name}, row {first_row + int(missing.argmax())}: rating is null ({int(missing.sum())} such rows). "
-            "Drop the rows or rate them; for interactions without grades set labels.rule: positives_only."
+            f"{name}, row {first_row + int(missing.argmax())}: rating is null ({int(missing.sum())} such "
+            "rows). Drop the rows or add ratings; for interactions without ratings set labels.rule: "
+            "positives_only."
         )
     return values
 
@@ -250,15 +277,15 @@ def _weights(table: pa.Table, name: str, first_row: int) -> np.ndarray:
     """float32 [n]."""
     if WEIGHT not in table.column_names:
         return np.ones(table.num_rows, dtype=np.float32)
-    advice = "Correct it; without the column every row weighs 1."
+    advice = "Correct it; without the column, every row has weight 1."
     largest = float(np.finfo(np.float32).max)
-    return _numbers(table, WEIGHT, name, first_row, largest, "be a number that is not negative", advice)
+    return _numbers(table, WEIGHT, name, first_row, largest, "be a non-negative number", advice)
 
 
 def _numbers(
     table: pa.Table, column: str, name: str, first_row: int, most: float, must: str, advice: str
 ) -> np.ndarray:
-    """A column of numbers from 0 to `most`, float32 [n]. Raises SchemaError naming the first row that has another."""
+    """A column of numbers from 0 to `most`, float32 [n]. Raises SchemaError with the first invalid row."""
     values = table[column].cast(pa.float32()).to_numpy().astype(np.float32)
     wrong = ~((values >= 0) & (values <= most))
     if wrong.any():
@@ -271,5 +298,5 @@ def _numbers(
 
 
 def outcome_columns(columns: Sequence[str]) -> list[str]:
-    """Those of a source's columns that tell an outcome, a predefined split, or a weight."""
+    """A source's columns for outcomes, a predefined split, or a weight."""
     return [column for column in (*OUTCOME_COLUMNS, SPLIT, WEIGHT) if column in columns]

@@ -1,7 +1,7 @@
-"""Tables with raw ids to contract tables: int64 ids by `stable_ids`, attributes as text, and the checks.
+"""Converts tables with raw ids to contract tables: int64 ids by `stable_ids`, attributes as text, validation.
 
-A source yields its tables in pieces. `users_piece`, `items_piece` and `interactions_piece` turn one into the contract's
-columns and check it row by row; the checks that need all rows of an id (`refuse_repeated_ids`,
+A source yields its tables in pieces. `users_piece`, `items_piece` and `interactions_piece` convert one to the
+contract's columns and validate it row by row. Checks that need all rows of an id (`refuse_repeated_ids`,
 `refuse_repeated_interactions`, `refuse_orphans`) run on whole tables here and on one bucket of ids at a time at scale.
 Ids are hashed once per distinct raw id, never per interaction.
 """
@@ -19,15 +19,15 @@ import pyarrow.compute as pc
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, SourceError
-from owlrec.ordered import rows_of
-from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, conform, missing_column, shard_of, stable_ids
+from owlrec.ids import rows_of, shard_of
+from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, conform, missing_column, stable_ids
 from owlrec.sources.outcomes import outcome_columns
 from owlrec.storage import file_digest, fingerprint
 
 # --------------------------------------------------------------------------------------------------------------- titles
-# Film titles as people write them: an LLM knows "The Usual Suspects" better than a catalogue's "Usual Suspects, The".
+# Film titles in their usual form: an LLM knows "The Usual Suspects" better than a catalog's "Usual Suspects, The".
 #
-# The year stays in the title, because it tells remakes apart, and is also returned by itself as an attribute.
+# The year stays in the title, because it distinguishes remakes, and is also a separate attribute.
 
 
 _ARTICLES = (
@@ -60,7 +60,7 @@ def title_year(title: str) -> str:
 
 
 TableName = Literal["users", "items", "interactions"]
-TABLE_NAMES: tuple[TableName, ...] = ("items", "users", "interactions")  # items first: they hold the fewest rows
+TABLE_NAMES: tuple[TableName, ...] = ("items", "users", "interactions")  # items first: they have the fewest rows
 ENTITIES: dict[TableName, tuple[str, pa.Schema]] = {"users": ("user_id", USERS), "items": ("item_id", ITEMS)}
 _TEXTS = (pa.field("event", pa.string()), pa.field("split", pa.string()))
 _INTERACTION = {field.name: field for field in (*INTERACTIONS, *_TEXTS)}
@@ -77,28 +77,28 @@ class RawTables:
     items: pa.Table
     interactions: pa.Table
     digest: str
-    counts: dict[str, int] = field(default_factory=dict)  # what was dropped on the way, by reason
+    counts: dict[str, int] = field(default_factory=dict)  # dropped rows, by reason
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A part of a source that is read at once: some row groups, a file, or (table "") the whole of it."""
+    """A part of a source for one read: some row groups, a file, or (table "") all of it."""
 
     table: str
     path: str
-    digest: str  # the same as long as the content is
-    rows: int  # estimated from bytes where only reading would tell
+    digest: str  # identifies the content
+    rows: int  # estimated from bytes if unknown
     bytes: int = 0
     first_row: int = 0  # in its file
     groups: tuple[int, int] = (0, 0)  # row groups of a Parquet file: from, to
 
     @classmethod
-    def of_json(cls, values: dict[str, Any]) -> "Fragment":
-        """From what `json` gave."""
+    def from_json(cls, values: dict[str, Any]) -> "Fragment":
+        """Parses the output of `json`."""
         return cls(**{**values, "groups": tuple(values["groups"])})
 
     def json(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """JSON form."""
         return asdict(self)
 
 
@@ -108,7 +108,7 @@ class Piece:
 
     table: TableName
     data: pa.Table
-    name: str  # of the file they came from
+    name: str  # of the source file
     first_row: int = 0  # in that file
 
 
@@ -117,18 +117,18 @@ class Fragments:
 
     fragments: Sequence[Fragment]
     meaning: str  # fingerprint of how fragments are read
-    has_users: bool = True  # else the users are those of the interactions
+    has_users: bool = True  # otherwise users come from the interactions
     drop_orphans: bool = False
-    names: Mapping[str, str]  # of each table, in errors
-    outcomes: Sequence[str]  # the columns of interactions that tell an outcome, of OUTCOME_COLUMNS
+    names: Mapping[str, str]  # table -> name in errors
+    outcomes: Sequence[str]  # OUTCOME_COLUMNS in the interactions
 
     @abstractmethod
     def read(self, fragment: Fragment) -> Iterator[Piece]:
-        """The fragment's rows. Raises SourceError or SchemaError, naming file and row."""
+        """The fragment's rows. Raises SourceError or SchemaError with file and row."""
 
     @abstractmethod
     def raw_ids(self, piece: Piece, row: int) -> tuple[str, str]:
-        """The raw user and item id of a row of interactions: only for errors, since it reads the file again."""
+        """Raw user and item id of a row of interactions: only for errors, since it reads the file again."""
 
     counts: Mapping[str, int] = {}
 
@@ -154,24 +154,24 @@ class LoadedTables(Fragments):
 
 
 class Source(Config):
-    """What a recipe says of a source, and how it is read."""
+    """A recipe's source section and its reader."""
 
-    type: str  # of a subclass: a Literal of its name in SOURCES
+    type: str  # in a subclass: a Literal of its name in SOURCES
 
     @abstractmethod
     def load(self) -> RawTables:
-        """All of users, items and interactions, in memory. Raises SourceError or SchemaError, naming file and row."""
+        """All users, items and interactions, in memory. Raises SourceError or SchemaError with file and row."""
 
     def open(self) -> Fragments:
-        """What `prepare` reads. Override it where the tables may not fit in memory. Raises as `load`."""
+        """Source for `prepare`. Override it if the tables may not fit in memory. Raises the errors of `load`."""
         return LoadedTables(self.load(), self.type)
 
 
 def input_file(path: str | Path) -> Path:
-    """`path` with ~ expanded. Raises SourceError where there is no such file."""
+    """`path` with ~ expanded. Raises SourceError if the file does not exist."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise SourceError(f"{path}: there is no such file. Correct the path in the recipe's source section.")
+        raise SourceError(f"{path}: file not found. Correct the path in the recipe's source section.")
     return file
 
 
@@ -190,9 +190,9 @@ def finish(
     """Contract tables from whole tables with raw ids.
 
     users: user_id (raw, of any scalar type) and profile fields; None takes the users from the interactions. items:
-    item_id (raw), title and attributes. interactions: see interactions_piece. names: table -> what to call it in
+    item_id (raw), title and attributes. interactions: see interactions_piece. names: table -> its name in
     errors. Attributes become text or lists of text, nulls "". Raises SchemaError for a null or
-    repeated id, two raw ids with one hash, an exact repeated (user, item, timestamp), a wrong time unit, and, unless
+    duplicate id, two raw ids with one hash, an exact duplicate (user, item, timestamp), a wrong time unit, and, unless
     `drop_orphans`, an interaction whose user or item has no row.
     """
     piece = interactions_piece(interactions, names["interactions"])
@@ -220,7 +220,7 @@ def checked(
     orphan_remedy: str = ORPHAN_REMEDY,
     counts: Mapping[str, int] | None = None,
 ) -> RawTables:
-    """The pieces of a whole source as three tables. Arguments and errors: see finish."""
+    """All pieces of a source as three tables. Arguments and errors: see finish."""
     tables: dict[str, pa.Table] = {}
     for name in TABLE_NAMES:
         own = [piece for piece in pieces if piece.table == name]
@@ -250,7 +250,7 @@ def checked(
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands in the source."""
+    """Position of a row in the source."""
 
     name: str
     row: int
@@ -259,7 +259,7 @@ class Place:
 
 
 class Places:
-    """Finds a row of concatenated pieces again, to name it in an error."""
+    """Finds the source position of a row of concatenated pieces, for errors."""
 
     def __init__(
         self, pieces: Sequence[Piece], table: str, raw_ids: Callable[[Piece, int], tuple[str, str]] | None
@@ -268,7 +268,7 @@ class Places:
         self._raw_ids = raw_ids if table == "interactions" else None
 
     def __call__(self, row: int) -> Place:
-        """The place of a row."""
+        """Position of a row."""
         for piece in self._pieces:
             if row < piece.data.num_rows:
                 user, item = self._raw_ids(piece, row) if self._raw_ids else ("", "")
@@ -281,9 +281,9 @@ class Places:
 
 
 def entities_piece(table: TableName, data: pa.Table, name: str, first_row: int = 0) -> Piece:
-    """Users or items as in `schema`: the id, the raw id, and all further columns as text or lists of text.
+    """Users or items as in `schema`: the id, the raw id, and all other columns as text or lists of text.
 
-    Raises SchemaError naming file and row for a null or empty id, or a column that is neither text nor texts.
+    Raises SchemaError with file and row for a null or empty id, or a column that is neither text nor texts.
     """
     key, schema = ENTITIES[table]
     raw = _raw_ids(data, key, name, first_row).cast(pa.string())
@@ -295,16 +295,16 @@ def entities_piece(table: TableName, data: pa.Table, name: str, first_row: int =
 
 
 def interactions_piece(data: pa.Table, name: str, first_row: int = 0) -> pa.Table:
-    """Interactions with int64 ids, before a label rule, without checking whether their users and items exist.
+    """Interactions with int64 ids, before a label rule, without checking that their users and items exist.
 
-    data: user_id, item_id (raw), timestamp (ms) and those of OUTCOME_COLUMNS that there are, which are kept as they
-    stand. Raises SchemaError naming file and row for a null or empty id, a null or misplaced timestamp, or a value of
-    another type.
+    data: user_id, item_id (raw), timestamp (ms) and any of OUTCOME_COLUMNS, which are kept
+    unchanged. Raises SchemaError with file and row for a null or empty id, a null or implausible timestamp, or a value
+    of another type.
     """
     ids = {key: id_array(_raw_ids(data, key, name, first_row)) for key in ("user_id", "item_id")}
     _refuse_null(data, "timestamp", name, first_row)
-    told = outcome_columns(data.column_names)
-    table = pa.table({**ids, "timestamp": data["timestamp"], **{column: data[column] for column in told}})
+    outcome_names = outcome_columns(data.column_names)
+    table = pa.table({**ids, "timestamp": data["timestamp"], **{column: data[column] for column in outcome_names}})
     schema = pa.schema([_INTERACTION[column] for column in table.column_names])
     table = conform(table, schema, name=name, first_row=first_row)
     check_milliseconds(table["timestamp"], name=name, first_row=first_row)
@@ -312,7 +312,7 @@ def interactions_piece(data: pa.Table, name: str, first_row: int = 0) -> pa.Tabl
 
 
 def hashed_users(data: pa.Table, interactions: pa.Table) -> pa.Table:
-    """The distinct users of some interactions whose raw ids are not canonical integers (those follow from the id).
+    """Distinct users of some interactions whose raw ids are not canonical integers (others follow from the id).
 
     data: with the raw ids of `interactions`.
     """
@@ -326,7 +326,7 @@ def hashed_users(data: pa.Table, interactions: pa.Table) -> pa.Table:
 
 
 def with_raw_ids(ids: pa.Array, texts: pa.Table) -> pa.Table:
-    """A users table of these distinct ids. texts: rows of `hashed_users`; other ids are their raw ids themselves."""
+    """A users table with these distinct ids. texts: rows of `hashed_users`; all other ids equal their raw ids."""
     texts = texts.group_by(["user_id", "raw_id"]).aggregate([])
     others = ids.filter(pc.invert(pc.is_in(ids, value_set=texts["user_id"].combine_chunks())))
     plain = pa.table({"user_id": others, "raw_id": others.cast(pa.string())}, schema=texts.schema)
@@ -336,7 +336,7 @@ def with_raw_ids(ids: pa.Array, texts: pa.Table) -> pa.Table:
 
 
 def id_array(raw: pa.ChunkedArray) -> np.ndarray:
-    """The int64 id of each raw id, int64 [n]; texts are parsed or hashed once per distinct one."""
+    """int64 id of each raw id, int64 [n]; distinct texts are parsed or hashed once."""
     if pa.types.is_integer(raw.type):
         values = pa.concat_arrays(raw.chunks) if raw.num_chunks else pa.array([], raw.type)
         return stable_ids(values)
@@ -348,7 +348,7 @@ def id_array(raw: pa.ChunkedArray) -> np.ndarray:
 
 
 def _raw_ids(table: pa.Table, key: str, name: str, first_row: int) -> pa.ChunkedArray:
-    """The raw ids in column `key`, integers or strings. Raises SchemaError for no column, a null or an empty id."""
+    """Raw ids in column `key`, integers or strings. Raises SchemaError for a missing column, a null or an empty id."""
     if key not in table.column_names:
         raise missing_column(table, key, name=name)
     _refuse_null(table, key, name, first_row)
@@ -358,11 +358,11 @@ def _raw_ids(table: pa.Table, key: str, name: str, first_row: int) -> pa.Chunked
     try:
         column = column.cast(pa.string())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
-        raise SchemaError(f"{name}: column '{key}' is of type {column.type}. Write ids as integers or text.") from None
+        raise SchemaError(f"{name}: column '{key}' has type {column.type}. Write ids as integers or text.") from None
     if (row := pc.index(column, "").as_py()) >= 0:
         raise SchemaError(
-            f"{name}, row {first_row + row}: {key} is empty. Drop the row or give it an id; rows without ids cannot be "
-            "joined."
+            f"{name}, row {first_row + row}: {key} is empty. Drop the row or add an id; rows without ids "
+            "cannot be joined."
         )
     return column
 
@@ -371,7 +371,7 @@ def _refuse_null(table: pa.Table, column: str, name: str, first_row: int) -> Non
     if table[column].null_count:
         row = first_row + pc.index(pc.is_null(table[column]), True).as_py()
         raise SchemaError(
-            f"{name}, row {row}: {column} is null. Drop the row or give it a value; rows without one cannot be joined."
+            f"{name}, row {row}: {column} is null. Drop the row or add a value; rows without one cannot be joined."
         )
 
 
@@ -389,8 +389,8 @@ def _as_text(column: pa.ChunkedArray, name: str, table: str) -> pa.ChunkedArray 
         return column.cast(pa.string()).fill_null("")
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
         raise SchemaError(
-            f"{table}: column '{name}' is of type {type_}, which is neither text nor a list of texts ({error}). "
-            f"Drop the column or write it as text."
+            f"{table}: column '{name}' has type {type_}, which is neither text nor a list of texts ({error}). "
+            "Drop the column or convert it to text."
         ) from None
 
 
@@ -398,12 +398,12 @@ def _as_text(column: pa.ChunkedArray, name: str, table: str) -> pa.ChunkedArray 
 
 
 def no_rows(name: str) -> SchemaError:
-    """The error of a table without rows."""
+    """Error for a table without rows."""
     return SchemaError(f"{name}: the table has no rows. Check the file and the filters in the recipe's source section.")
 
 
 def refuse_repeated_ids(table: pa.Table, key: str, where: Callable[[int], Place]) -> None:
-    """Refuses a second row with one id, and two raw ids with one hash. table: all rows of the ids it holds."""
+    """Refuses a second row with one id, and two raw ids with one hash. table: all rows of its ids."""
     ids = table[key].to_numpy()
     order = np.argsort(ids, kind="stable")
     repeated = np.flatnonzero(ids[order][1:] == ids[order][:-1])
@@ -419,17 +419,17 @@ def refuse_repeated_ids(table: pa.Table, key: str, where: Callable[[int], Place]
             f"Rename one of them in the data (a prefix is enough)."
         )
     raise SchemaError(
-        f"{place.name}, row {place.row}: {key} '{raw}' occurs a second time ({len(repeated)} such rows so far). "
-        "Keep one row per id."
+        f"{place.name}, row {place.row}: {key} '{raw}' is a duplicate ({len(repeated)} such rows so far). Keep "
+        "one row per id."
     )
 
 
 def refuse_repeated_interactions(
     table: pa.Table, where: Callable[[int], Place], order: np.ndarray | None = None
 ) -> None:
-    """Refuses a second interaction of one user with one item at one moment, naming the first by its raw ids.
+    """Refuses a second interaction of one user with one item at one moment, naming the first one's raw ids.
 
-    order: of the rows by user, timestamp and item, where it is known.
+    order: of the rows by user, timestamp and item, if known.
     """
     user, item, time = (table[c].to_numpy() for c in ("user_id", "item_id", "timestamp"))
     if order is None:
@@ -440,9 +440,9 @@ def refuse_repeated_interactions(
         row = int(order[same].min())
         place = where(row)
         raise SchemaError(
-            f"{place.name}, row {place.row}: user_id '{place.user}', item_id '{place.item}', "
-            f"timestamp {table['timestamp'][row].as_py()} occurs a second time ({len(same)} such rows so far). "
-            "Drop the repeated rows; only other timestamps make it another interaction."
+            f"{place.name}, row {place.row}: user_id '{place.user}', item_id '{place.item}', timestamp "
+            f"{table['timestamp'][row].as_py()} is a duplicate ({len(same)} such rows so far). Drop the "
+            "duplicates, or give repeated interactions different timestamps."
         )
 
 
@@ -453,7 +453,7 @@ def refuse_orphans(
     names: Mapping[str, str],
     remedy: str = ORPHAN_REMEDY,
 ) -> None:
-    """Refuses interactions whose user or item has no row. orphan_*: bool [n], by interaction."""
+    """Refuses interactions whose user or item has no row. orphan_*: bool [n], per interaction."""
     for kind, orphan in (("user", orphan_user), ("item", orphan_item)):
         if orphan.any():
             place = where(int(orphan.argmax()))
@@ -464,21 +464,21 @@ def refuse_orphans(
 
 
 # --------------------------------------------------------------------------------------------------------------- subset
-# A smaller copy of a data set that behaves like the whole: users drawn by hash, then the items that they touched.
+# A smaller copy of a data set that behaves like the original: users sampled by hash, then the items they touched.
 #
-# Drawing users by the hash of their id needs no random state: the same recipe gives the same users on any machine, and
+# Sampling users by the hash of their id needs no random state: the same recipe gives the same users on any machine, and
 # a larger `max_users` gives a superset of them.
 
 
-# A modulus this large keeps the hash whole, so that the order does not follow the shards, which are its low bits.
+# A modulus this large keeps the whole hash, so the order does not follow the shards, which are its low bits.
 _ORDER = 1 << 62
 
 
 def keep_subset(raw: RawTables, *, max_users: int | None, max_items: int | None) -> RawTables:
-    """`raw` with the `max_users` users of the smallest hash, and of their items the `max_items` most frequent.
+    """`raw` with the `max_users` users of the smallest hash, and the `max_items` most frequent of their items.
 
-    Interactions with other users or items go, then users and items without interactions. With neither limit, `raw` as
-    it is. Ties between equally frequent items fall to the smaller item_id.
+    Drops interactions with other users or items, then users and items without interactions. Without limits, returns
+    `raw`. Ties between equally frequent items go to the smaller item_id.
     """
     if max_users is None and max_items is None:
         return raw

@@ -1,12 +1,7 @@
-"""Which of a user's behaviors the LLM reads up to which moment, and which are samples to train and test on.
+"""What later stages read of the tables: items' titles, a user's behaviors up to a moment, samples to train and test on.
 
-A text is about a user as of a moment, its cut: it quotes the newest behaviors that the user took up to then. `half` is
-KAR's (RecSys 2024): the first min((N+1)//2, 30); `now` ends with the newest; `every` cuts at each multiple of a period
-that the user lived through. One rule keeps the future out: a sample reads the newest text whose as_of is strictly
-earlier than itself, else a learned default. So any behavior may be a sample, and what a user passed over is one, too,
-and never read as taken. Under KAR's protocol only what is later than the half is.
-
-Everything but the splits' two thresholds is a matter of one user, so a shard of users is built without the others.
+A text is about a user as of a moment, its cut: it quotes the newest behaviors that the user took up to then, and no
+sample from before the cut is trained on with it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,21 +10,100 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, PositiveInt, field_validator
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError
-from owlrec.ordered import rows_of, run_starts
-from owlrec.schema import BEHAVIORS, HISTORIES, INTERACTIONS, SAMPLE_ROWS, SAMPLES, conform, hash_of
+from owlrec.ids import hash_of, last_rows, rows_of, run_starts
+from owlrec.schema import BEHAVIORS, HISTORIES, INTERACTIONS, SAMPLE_ROWS, SAMPLES, conform
 from owlrec.sources.outcomes import POSITIVE, SPLITS, Labels, drawn_negatives, taken, with_outcomes
 from owlrec.workspace import Workspace, read_tombstones
 
-# Lists are gathered this many at a time: it bounds the index arrays, and Arrow's 32-bit list offsets cannot overflow.
+# -------------------------------------------------------------------------------------------------------------- catalog
+# Titles by item id: an Arrow column behind a sorted id array.
+#
+# 10^7 titles take about 0.5 GB per process this way, and several times that in a Python dict.
+
+
+class ItemCatalog:
+    """Titles by item id."""
+
+    def __init__(self, items: pa.Table) -> None:
+        """items: a table with `item_id` and `title`, in any order; among several rows of an item, the last one wins."""
+        ids = items["item_id"].to_numpy()
+        order = np.argsort(ids, kind="stable")
+        order = order[last_rows(ids[order])]
+        self._ids = ids[order]
+        self._titles = items["title"].combine_chunks().take(pa.array(order))
+
+    @classmethod
+    def load(cls, workspace: Workspace, more: Sequence[pa.Table] = ()) -> "ItemCatalog":
+        """Reads the workspace's items table, without titles other than text. more: rows that override it."""
+        parts = []
+        for number in workspace.table_shards("items"):
+            table = workspace.read_shard("items", number, ["item_id", "title"])
+            if table.schema.field("title").type != pa.string():
+                table = table.set_column(1, "title", pa.nulls(table.num_rows, pa.string()))
+            parts.append(table)
+        return cls(pa.concat_tables([*parts, *more]))
+
+    @property
+    def ids(self) -> np.ndarray:
+        """All ids: int64 [n], ascending."""
+        return self._ids
+
+    def titles(self, ids: np.ndarray) -> list[str]:
+        """Title of each id, in order; "" for an unknown id, a null title or invalid text.
+
+        ids: int64 [n].
+        """
+        rows = rows_of(self._ids, ids)
+        column = self._titles.take(pa.array(rows, mask=rows < 0))
+        try:
+            texts = column.to_pylist()
+        except UnicodeDecodeError:
+            texts = [_text_or_none(value) for value in column]
+        return [text or "" for text in texts]
+
+    def draw(self, n: int, seed: int) -> list[int]:
+        """At most `n` random items, always the same ones for a seed, in the order drawn."""
+        chosen = np.random.default_rng(seed).permutation(len(self._ids))[:n]
+        drawn: list[int] = self._ids[chosen].tolist()
+        return drawn
+
+    def find(self, words: str, limit: int) -> list[tuple[int, str]]:
+        """Items whose title contains `words`, in any case: at most `limit` (id, title), by id."""
+        rows = np.flatnonzero(pc.match_substring(self._titles, words, ignore_case=True).fill_null(False))[:limit]
+        return list(zip(self._ids[rows].tolist(), self._titles.take(pa.array(rows)).to_pylist(), strict=True))
+
+
+def _text_or_none(value: pa.Scalar) -> str | None:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------------- splits
+# Selects the behaviors that the LLM reads up to each cut, and the samples for training and testing.
+#
+# A text describes a user as of a moment, its cut: it quotes the newest behaviors that the user took up to then. `half`
+# is KAR's (RecSys 2024): the first min((N+1)//2, 30); `now` ends with the newest; `every` cuts at each multiple of a
+# period in which the user was active. One rule prevents leaks: a sample reads the newest text whose as_of is strictly
+# earlier than the sample, else a learned default. So any behavior may be a sample, including passed-over items, which
+# are never read as taken. Under KAR's protocol (`kar`) there is the half's text, and only later behaviors are samples.
+#
+# Everything except the two thresholds of the splits depends on one user, so a shard of users is built independently.
+
+
+# Lists are gathered this many at a time: this bounds the index arrays, and Arrow's 32-bit list offsets cannot overflow.
 _LISTS_PER_CHUNK = 1 << 20
-PASSED_QUOTED = 10  # of what a user passed over, an LLM reads so much at most
-_TAKEN_ALONE = {b"histories_of": b"taken"}  # in the schema of stored interactions
+SPLIT_SEED = 0  # of methods user and item. What varies between trials is ctr.seeds: compared runs share their splits
+PASSED_QUOTED = 10  # maximum passed-over items that an LLM reads
+_TAKEN_ALONE = {b"histories_of": b"taken"}  # metadata in the schema of stored interactions
 _HISTORY_COLUMNS = {"history": "item_id", "history_ratings": "rating", "history_labels": "label"}
-_EDGES = 4096  # of one round of the search for a threshold
+_EDGES = 4096  # edges per round of the threshold search
 _HOURS = {"h": 1, "d": 24, "w": 168}
 
 
@@ -44,25 +118,23 @@ class Every(Config):
         return int(self.every[:-1]) * _HOURS[self.every[-1]] * 3_600_000
 
 
-Cut = Literal["half", "now"] | Every
+Cut = Literal["kar", "half", "now"] | Every
 
 
 class SplitConfig(Config):
     """How behaviors become texts and samples: `user` keeps a user in one split, `item` an item (those of valid and test
-    are cold), `time` trains on the past only, `column` reads the split of each from a column `split` of the
+    are cold), `time` trains on the past only, `column` reads each split from a column `split` of the
     interactions (train, valid or test).
     """
 
-    # As of which moments the LLM writes about users. A sample reads the newest text that is earlier than itself; the
-    # newest of all is published.
+    # Moments at which the LLM writes about users. A sample reads the newest text that is earlier than itself; the
+    # newest of all is published. kar: as half, and only what is later is a sample, as in the paper.
     cuts: tuple[Cut, ...] = Field(default=("half", "now"), min_length=1)
-    kar_protocol: bool = False  # samples are only what is later than the half that the LLM reads, as in the paper
     method: Literal["user", "item", "time", "column"] = "user"
     ratios: tuple[PositiveInt, PositiveInt, PositiveInt] = (8, 1, 1)
-    history_length: int = Field(default=10, ge=1)  # behaviors that a CTR model sees before a sample
-    passed_over: bool = True  # whether these hold what was passed over; false where little of what is shown is taken
-    llm_history: int = Field(default=30, ge=1)  # behaviors that the LLM reads at most: the papers' 30
-    seed: int = Field(default=0, ge=0)  # methods user and item only
+    history_length: int = Field(default=10, ge=1)  # behaviors that a CTR model sees before each sample
+    passed_over: bool = True  # whether these include passed-over items; false if users take few shown items
+    llm_history: int = Field(default=30, ge=1)  # maximum behaviors that the LLM reads: 30 as in the papers
 
     @field_validator("cuts", mode="before")
     @classmethod
@@ -73,7 +145,9 @@ class SplitConfig(Config):
     @classmethod
     def _distinct(cls, cuts: tuple[Cut, ...]) -> tuple[Cut, ...]:
         if len(set(cuts)) < len(cuts):
-            raise ValueError("a cut is named twice. Name each once.")
+            raise ValueError("a cut is listed twice. List each once.")
+        if {"kar", "half"} <= set(cuts):
+            raise ValueError("kar cuts at the half already. Name one of the two.")
         return cuts
 
 
@@ -84,14 +158,14 @@ class Behaviors:
     user: np.ndarray  # int64
     item: np.ndarray  # int64
     time: np.ndarray  # int64, ms
-    rating: np.ndarray  # float32, NaN where not graded
+    rating: np.ndarray  # float32, NaN if not graded
     label: np.ndarray  # float32
-    split: np.ndarray  # int8: a predefined one, -1 where there is none
+    split: np.ndarray  # int8: predefined split, -1 if there is none
     weight: np.ndarray  # float32: of its samples in training
 
     @classmethod
     def ordered(cls, interactions: pa.Table) -> "Behaviors":
-        """Those of a table of schema.INTERACTIONS, in any order."""
+        """From a table of schema.INTERACTIONS, in any order."""
         interactions = conform(interactions, INTERACTIONS, name="interactions")
         behaviors = cls.of(interactions)
         order = np.lexsort((behaviors.item, behaviors.time, behaviors.user))
@@ -99,7 +173,7 @@ class Behaviors:
 
     @classmethod
     def of(cls, interactions: pa.Table) -> "Behaviors":
-        """Those of a table of schema.INTERACTIONS that is in order already."""
+        """From an ordered table of schema.INTERACTIONS."""
         names = ("user_id", "item_id", "timestamp", "rating", "label", "weight")
         user, item, time, rating, label, weight = (interactions[name].to_numpy() for name in names)
         split = interactions["split"].fill_null(-1).to_numpy()
@@ -113,25 +187,25 @@ class Behaviors:
 
 @dataclass(frozen=True)
 class Texts:
-    """What the LLM reads of users: one row per text, by user, then by as_of. No two of a user have the same as_of."""
+    """Behaviors that the LLM reads: one row per text, by user, then by as_of. No two of a user have the same as_of."""
 
-    user: np.ndarray  # int64 [n]: the place of the user among those of the behaviors
-    as_of: np.ndarray  # int64 [n], ms: the text quotes nothing later
-    start: np.ndarray  # int64 [n]: of what it quotes, as a range of the rows that were taken
+    user: np.ndarray  # int64 [n]: index of the user among those of the behaviors
+    as_of: np.ndarray  # int64 [n], ms: the text's cutoff
+    start: np.ndarray  # int64 [n]: start of its quotes, as a range of the taken rows
     end: np.ndarray  # int64 [n]
 
     @classmethod
     def of(cls, behaviors: Behaviors, config: SplitConfig) -> "Texts":
-        """Those of each cut, of the users who took something."""
+        """Texts of each cut, for users who took something."""
         time, place = behaviors.time, _places(behaviors.user)
         took = np.flatnonzero(behaviors.taken)
         time, place = time[took], place[took]
-        first = np.flatnonzero(np.diff(place, prepend=-1))  # of each user's, among the rows that were taken
+        first = np.flatnonzero(np.diff(place, prepend=-1))  # first taken row of each user
         last = np.append(first[1:], len(took))[: len(first)] - 1
         user, as_of, end = [], [], []
         for cut in config.cuts:
             match cut:
-                case "half":
+                case "half" | "kar":
                     at = first + np.minimum((last - first + 2) // 2, config.llm_history) - 1
                     moment = time[at]
                 case "now":
@@ -144,7 +218,7 @@ class Texts:
         users, moments, ends = (np.concatenate(arrays) for arrays in (user, as_of, end))
         order = np.lexsort((ends, moments, users))
         users, moments, ends = users[order], moments[order], ends[order]
-        # Of two texts of one moment the one that read more stays.
+        # Of two texts with one moment, the longer one stays.
         kept = np.append((users[1:] != users[:-1]) | (moments[1:] != moments[:-1]), True)[: len(users)]
         users, moments, ends = users[kept], moments[kept], ends[kept]
         start = np.maximum(first[np.searchsorted(place[first], users)], ends - config.llm_history)
@@ -155,7 +229,7 @@ class Texts:
 
     @property
     def quoted(self) -> np.ndarray:
-        """The behaviors that some text quotes, among those that were taken: int64, ascending."""
+        """Behaviors quoted in any text, as indices of taken rows: int64, ascending."""
         if not len(self):
             return np.zeros(0, dtype=np.int64)
         size = int(self.end.max()) + 1
@@ -166,9 +240,9 @@ class Texts:
 def _at_multiples(
     behaviors: Behaviors, time: np.ndarray, place: np.ndarray, last: np.ndarray, period: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The cuts of `every`: the last behavior taken before each, among those that were taken, and the cut's moment.
+    """Cuts of `every`: the last behavior taken before each, as indices of taken rows, and the cut's moment.
 
-    A cut after which the user was never seen again would say no more than `now`, so there is none.
+    A cut after the user's last behavior would equal `now`, so it is skipped.
     """
     cut = (time // period + 1) * period
     ends = np.append((cut[1:] != cut[:-1]) | (place[1:] != place[:-1]), True)[: len(cut)]
@@ -179,22 +253,22 @@ def _at_multiples(
 
 
 def _places(user: np.ndarray) -> np.ndarray:
-    """Which user of these each row is of, from 0: int64 [n]. Users ascend."""
+    """Index of each row's user, from 0: int64 [n]. Users ascend."""
     return np.cumsum(np.diff(user, prepend=user[:1]) != 0)
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Which rows of some behaviors are samples, in their order."""
+    """Rows of some behaviors that are samples, in order."""
 
     row: np.ndarray  # int64 [samples]
     label: np.ndarray  # float32 [samples]
-    ties: int = 0  # behaviors that are none because they have the timestamp of the last one that the LLM reads
+    ties: int = 0  # behaviors excluded because they have the timestamp of the last one that the LLM reads
 
     @classmethod
     def of(cls, behaviors: Behaviors, config: SplitConfig) -> "Samples":
-        """All of them, or, under KAR's protocol, those later than the half that the LLM reads."""
-        if not config.kar_protocol:
+        """All of them or, under KAR's protocol, those after the half that the LLM reads."""
+        if "kar" not in config.cuts:
             return cls(np.arange(len(behaviors.user)), behaviors.label)
         half, place = Texts.of(behaviors, config.model_copy(update={"cuts": ("half",)})), _places(behaviors.user)
         took = behaviors.taken
@@ -209,19 +283,19 @@ class Samples:
 
 @dataclass(frozen=True)
 class SplitValues:
-    """The values by which some samples are split, distinct and ascending, and how much lies up to each of them.
+    """Values that split some samples, distinct and ascending, with cumulative counts.
 
-    Sums, so that a threshold is found in mapped files by touching few of their pages.
+    The counts are cumulative, so a threshold is found in mapped files by reading few of their pages.
     """
 
     value: np.ndarray  # int64 [n]: a salted hash per user, or a timestamp
-    weight: np.ndarray  # int64 [n]: what the ratios divide: users, or samples
+    weight: np.ndarray  # int64 [n]: the unit of the ratios: users or samples
     samples: np.ndarray  # int64 [n]
     positives: np.ndarray  # int64 [n]
 
     @classmethod
     def of(cls, behaviors: Behaviors, samples: Samples, config: SplitConfig) -> "SplitValues":
-        """Those of `samples`."""
+        """Values of `samples`."""
         value = split_values(behaviors, samples.row, config)
         order = np.argsort(value, kind="stable")
         value = value[order]
@@ -231,19 +305,19 @@ class SplitValues:
         return cls(value[last], users if config.method == "user" else total, total, positives)
 
     def table(self) -> pa.Table:
-        """As a table that `of_table` reads back."""
+        """Table for `from_table`."""
         return pa.table({name: getattr(self, name) for name in ("value", "weight", "samples", "positives")})
 
     @classmethod
-    def of_table(cls, table: pa.Table) -> "SplitValues":
-        """From what `table` gave, without copying."""
+    def from_table(cls, table: pa.Table) -> "SplitValues":
+        """Reads the output of `table` without copying."""
         columns = (table[name] for name in ("value", "weight", "samples", "positives"))
         return cls(*(c.chunk(0).to_numpy() if c.num_chunks else np.zeros(0, dtype=np.int64) for c in columns))
 
 
 def split_values(behaviors: Behaviors, rows: np.ndarray, config: SplitConfig) -> np.ndarray:
-    """What decides the split of the samples at some rows: their timestamp, their predefined split, or the salted hash
-    of their user or item; int64 [n].
+    """Value that decides the split of the samples at some rows: their timestamp, their predefined split, or the salted
+    hash of their user or item; int64 [n].
     """
     if config.method == "time":
         return behaviors.time[rows]
@@ -253,15 +327,15 @@ def split_values(behaviors: Behaviors, rows: np.ndarray, config: SplitConfig) ->
 
 
 def id_values(ids: np.ndarray, config: SplitConfig) -> np.ndarray:
-    """The salted hash by which a split by user or item divides ids (int64 [n]), train first; int64 [n]."""
-    return hash_of(config.seed + 1, ids)
+    """Salted hash by which a split by user or item divides ids (int64 [n]), train first; int64 [n]."""
+    return hash_of(SPLIT_SEED + 1, ids)
 
 
 def split_thresholds(parts: Sequence[SplitValues], config: SplitConfig) -> np.ndarray:
-    """The two values where valid and test begin, int64 [2], exact whatever the size of `parts`.
+    """The two values where valid and test begin, int64 [2], exact for any size of `parts`.
 
-    Values, not positions, divide the splits, so that equal timestamps fall on the same side. Memory does not grow with
-    the parts, which may be mapped: each round counts them at a few thousand edges and goes on between two of them.
+    Values, not positions, divide the splits, so equal timestamps are on the same side. Memory does not grow with
+    the parts, which may be mapped: each round counts them at a few thousand edges and continues between two of them.
     """
     parts = [part for part in parts if len(part.value)]
     if config.method == "column":
@@ -274,18 +348,18 @@ def split_thresholds(parts: Sequence[SplitValues], config: SplitConfig) -> np.nd
 
 
 def _value_at(rank: int, parts: Sequence[SplitValues]) -> int:
-    """The smallest value that, with all below it, weighs more than `rank`."""
+    """Smallest value whose cumulative weight exceeds `rank`."""
     low, high = min(int(part.value[0]) for part in parts), max(int(part.value[-1]) for part in parts)
     while low < high:
         edges = np.arange(low, high, max(1, (high - low) // _EDGES))
         weight = sum(_up_to(part.weight, np.searchsorted(part.value, edges, side="right")) for part in parts)
-        first = int(np.searchsorted(weight, rank, side="right"))  # the first edge that weighs enough
+        first = int(np.searchsorted(weight, rank, side="right"))  # the first edge with enough weight
         low, high = int(edges[first - 1]) + 1 if first else low, int(edges[first]) if first < len(edges) else high
     return low
 
 
 def _up_to(sums: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The sum of the first `rows` rows, for each."""
+    """Sum of the first `rows` rows, for each."""
     return np.where(rows > 0, sums[np.maximum(rows, 1) - 1], 0)
 
 
@@ -302,29 +376,28 @@ def split_counts(parts: Sequence[SplitValues], thresholds: np.ndarray) -> dict[s
 
 
 def refuse_empty(counts: dict[str, int], config: SplitConfig) -> None:
-    """Raises SchemaError where a split holds no samples. counts: samples, users and samples_* among them."""
+    """Raises SchemaError if a split has no samples. counts: includes samples, users and samples_*."""
     empty = [name for name in SPLITS if counts[f"samples_{name}"] == 0]
     if empty:
-        remedy = "use more users" if config.method == "user" else "use data over a longer time"
+        remedy = "use more users" if config.method == "user" else "use data from a longer period"
         raise SchemaError(
-            f"interactions: {counts['samples']} samples of {counts['users'] - counts['users_without_samples']} users "
-            f"leave the {' and '.join(empty)} split empty with split.method {config.method} and ratios "
+            f"interactions: {counts['samples']} samples of {counts['users'] - counts['users_without_samples']} "
+            f"users leave the {' and '.join(empty)} split empty with split.method {config.method} and ratios "
             f"{':'.join(map(str, config.ratios))}. Change the ratios, {remedy}, or lower split.llm_history "
-            f"({counts['ties_dropped']} samples had the timestamp of the last behavior that the LLM reads)."
+            f"({counts['ties_dropped']} samples have the timestamp of the last behavior that the LLM reads)."
         )
 
 
 def refuse_one_label(counts: dict[str, int], labels: Labels) -> None:
-    """Raises SchemaError where all labels of a split are the same. counts: samples_* and positives_* among them."""
+    """Raises SchemaError if all labels of a split are the same. counts: includes samples_* and positives_*."""
     remedy = {
-        "rating_above": "Set labels.rating_above in the recipe to a value that your ratings straddle.",
-        "column": "Log what was passed over as well, or set labels.rule: positives_only in the recipe.",
+        "rating_above": "Set labels: {rule: {rating_above: X}} in the recipe, X within the range of your ratings.",
+        "column": "Also log passed-over items, or set labels.rule: positives_only in the recipe.",
     }
     for name in SPLITS:
         if labels.rule in remedy and counts[f"positives_{name}"] in (0, counts[f"samples_{name}"]):
             raise SchemaError(
-                f"samples: all labels of the {name} split are the same under the rule '{labels.about}'. "
-                f"{remedy[labels.rule]}"
+                f"samples: the {name} split has only one label under the rule '{labels.about}'. {remedy[labels.rule]}"
             )
 
 
@@ -337,9 +410,9 @@ def sample_rows(
     catalog: np.ndarray,
 ) -> pa.Table:
     """The samples table (schema.SAMPLE_ROWS) by user, timestamp and item; history_* are rows of `behaviors`, or of
-    those that were taken where the split leaves out what was passed over.
+    the taken ones if the split leaves out passed-over items.
 
-    catalog: all item ids, ascending, from which samples of label 0 are drawn where the label rule wants such.
+    catalog: all item ids, ascending, from which negatives are sampled if the label rule needs them.
     """
     user, time, row = behaviors.user, behaviors.time, samples.row
     item, label = behaviors.item[row], samples.label
@@ -368,13 +441,13 @@ def sample_rows(
         "split": pa.array(SPLITS).take(pa.array(split)),
         "history_start": start.astype(np.int32),
         "history_end": end.astype(np.int32),
-        "weight": behaviors.weight[row],  # a drawn sample's is that of what was taken
+        "weight": behaviors.weight[row],  # a sampled negative has its positive's weight
     }
     return pa.table(columns, schema=SAMPLE_ROWS)
 
 
 def histories(behaviors: Behaviors, texts: Texts) -> pa.Table:
-    """What the LLM reads (schema.HISTORIES), by user and as_of; of users who took nothing there is none."""
+    """Behaviors that the LLM reads (schema.HISTORIES), by user and as_of; none for users who took nothing."""
     took = np.flatnonzero(behaviors.taken)
     starts = np.flatnonzero(np.diff(_places(behaviors.user), prepend=-1))
     columns = {
@@ -388,8 +461,8 @@ def histories(behaviors: Behaviors, texts: Texts) -> pa.Table:
 
 
 def _passed_over(behaviors: Behaviors, texts: Texts) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The last items that users passed over up to each text's as_of, as ranges of one array; what they took up to then
-    as well is left out.
+    """Latest items that users passed over up to each text's as_of, as ranges of one array, without those they also took
+    up to then.
     """
     place, took = _places(behaviors.user), behaviors.taken
     passed = np.flatnonzero(~took)
@@ -398,15 +471,15 @@ def _passed_over(behaviors: Behaviors, texts: Texts) -> tuple[np.ndarray, np.nda
         return behaviors.item[:0], none, none
     items, code = np.unique(behaviors.item, return_inverse=True)
     key = place * len(items) + code
-    taken, at = np.unique(key[took], return_index=True)  # the first time that each user took each item
+    taken, at = np.unique(key[took], return_index=True)  # first time that each user took each item
     known = rows_of(taken, key[passed])
     first_taken = np.where(known >= 0, behaviors.time[took][at[known]], np.iinfo(np.int64).max)
     place, time = place[passed], behaviors.time[passed]
     chosen, n = [np.zeros(0, dtype=np.int64)], 0
     start, end = np.zeros(len(texts), dtype=np.int64), np.zeros(len(texts), dtype=np.int64)
     nth = np.arange(len(texts)) - run_starts(texts.user)
-    for of_each in range(int(nth.max()) + 1):  # one text of each user at a time
-        text = np.flatnonzero(nth == of_each)
+    for round_ in range(int(nth.max()) + 1):  # one text of each user at a time
+        text = np.flatnonzero(nth == round_)
         as_of = np.full(int(place[-1]) + 1, np.iinfo(np.int64).min)
         has = texts.user[text] < len(as_of)
         as_of[texts.user[text[has]]] = texts.as_of[text[has]]
@@ -420,9 +493,9 @@ def _passed_over(behaviors: Behaviors, texts: Texts) -> tuple[np.ndarray, np.nda
 
 
 def read_samples(workspace: Workspace, number: int, columns: Sequence[str] | None = None) -> pa.Table:
-    """One shard's samples as schema.SAMPLES, or only these of its columns: histories are gathered where asked for.
+    """One shard's samples as schema.SAMPLES, or only some of its columns: histories are gathered on request.
 
-    Raises WorkspaceError where `prepare` has not run.
+    Raises WorkspaceError if `prepare` has not run.
     """
     wanted = list(SAMPLES.names if columns is None else columns)
     stored = [name for name in wanted if name in SAMPLE_ROWS.names]
@@ -435,13 +508,13 @@ def read_samples(workspace: Workspace, number: int, columns: Sequence[str] | Non
 
 
 def sample_places(workspace: Workspace, number: int, columns: Sequence[str]) -> pa.Table:
-    """Columns of schema.SAMPLE_ROWS of a shard, without samples of users who are forgotten."""
+    """Columns of schema.SAMPLE_ROWS of a shard, without samples of forgotten users."""
     rows = workspace.read_shard("samples", number, list(dict.fromkeys(["user_id", *columns])))
     return read_tombstones(workspace).without(rows).select(list(columns))
 
 
 def in_histories(workspace: Workspace, number: int, columns: Sequence[str]) -> pa.Table:
-    """The interactions of a shard that the histories of its samples are ranges of."""
+    """Interactions of a shard to which the histories of its samples refer."""
     table = workspace.read_shard("interactions", number, list(columns))
     if not _holds_taken_alone(table):
         return table
@@ -450,7 +523,7 @@ def in_histories(workspace: Workspace, number: int, columns: Sequence[str]) -> p
 
 
 def for_histories(interactions: pa.Table, config: SplitConfig) -> pa.Table:
-    """A shard of interactions as it is written: it says which of its rows histories are ranges of."""
+    """A shard of interactions in stored form: it records which of its rows histories refer to."""
     return interactions.replace_schema_metadata(None if config.passed_over else _TAKEN_ALONE)
 
 
@@ -465,7 +538,7 @@ def _taken(interactions: pa.Table) -> pa.Array:
 def with_histories(rows: pa.Table, interactions: pa.Table) -> pa.Table:
     """Sample rows with their histories as lists.
 
-    rows: as schema.SAMPLE_ROWS, or some of its columns; interactions: of the same shard (see in_histories), item_id,
+    rows: schema.SAMPLE_ROWS, or some of its columns; interactions: of the same shard (see in_histories), item_id,
     rating or label.
     """
     start, end = (rows[name].to_numpy() for name in ("history_start", "history_end"))
@@ -478,7 +551,7 @@ def with_histories(rows: pa.Table, interactions: pa.Table) -> pa.Table:
 
 @dataclass(frozen=True)
 class SplitTables:
-    """samples and histories as in `schema`; counts of rows, positives, and what was dropped."""
+    """samples and histories as in `schema`; counts of rows, positives, and dropped rows."""
 
     samples: pa.Table
     histories: pa.Table
@@ -488,8 +561,8 @@ class SplitTables:
 def build_samples(interactions: pa.Table, config: SplitConfig, labels: Labels) -> SplitTables:
     """Samples and LLM histories of interactions that fit in memory, as `prepare` makes them by shard.
 
-    interactions: with the columns that tell an outcome, before the label rule. Both tables are ordered by user, samples
-    then by timestamp and item. Raises SchemaError as with_outcomes, or where a split ends up empty.
+    interactions: with the outcome columns, before the label rule. Both tables are ordered by user, samples
+    then by timestamp and item. Raises SchemaError like with_outcomes, or if a split is empty.
     """
     interactions = with_outcomes(interactions, labels, "interactions")
     behaviors = Behaviors.ordered(interactions)
@@ -508,7 +581,7 @@ def build_samples(interactions: pa.Table, config: SplitConfig, labels: Labels) -
 
 
 def sample_counts(behaviors: Behaviors, samples: Samples, texts: Texts) -> dict[str, int]:
-    """What the report says of some users; add up over shards."""
+    """Counts about some users for the report; add them up over shards."""
     users = len(np.unique(behaviors.user))
     return {
         "interactions": len(behaviors.user),
@@ -522,10 +595,10 @@ def sample_counts(behaviors: Behaviors, samples: Samples, texts: Texts) -> dict[
 
 
 def last_behaviors(interactions: pa.Table, history_length: int) -> pa.Table:
-    """What a model reads of each user from now on (schema.BEHAVIORS): one row per user, ascending, with at most
+    """History of each user for future scores (schema.BEHAVIORS): one row per user, ascending, with at most
     `history_length` behaviors, in the order of samples' histories.
 
-    interactions: a shard of them, as `prepare` has written it.
+    interactions: a shard in the form that `prepare` writes.
     """
     if _holds_taken_alone(interactions):
         interactions = interactions.filter(_taken(interactions))

@@ -1,1 +1,1 @@
-"""The explorer: pages on which a person looks at what a release knows. Nothing on them can change anything."""
+"""The explorer: read-only pages for browsing a release."""

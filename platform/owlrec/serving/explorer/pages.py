@@ -1,7 +1,7 @@
 """The explorer's pages: an ASGI application that renders templates over the current release.
 
-All text from outside is escaped by Jinja, and a content security policy without scripts holds even where that failed.
-A page is made of one leased release, so that nothing on it mixes two.
+Jinja escapes all external text, and a content security policy without scripts protects even if that fails.
+A page uses one leased release, so it never mixes two.
 """
 
 import asyncio
@@ -20,68 +20,66 @@ from starlette.responses import Response
 
 from owlrec.errors import root_mistake
 from owlrec.releases.release import Release
-from owlrec.serving.guard import Guard, NoTelemetry, Telemetry
+from owlrec.serving.guard import Guard, NoTelemetry, Problem, Stopping, Telemetry, never_stopping
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig
-from owlrec.serving.problems import Problem, Stopping, never_stopping
 from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import ID_PATTERN, LARGEST_ID, MAX_LLM_CANDIDATES, Kind, PathId, Rank, RankAnswer, Similar
-from owlrec.serving.served import ServedReleases, following_app
-from owlrec.serving.similar import SimilarEntities
+from owlrec.serving.served import ServedReleases, SimilarEntities, following_app
 
 # ----------------------------------------------------------------------------------------------------------------- text
-# A knowledge text as paragraphs, the factor that each is about set apart where the text names it.
+# A knowledge text as paragraphs, with each paragraph's factor separated if the text names it.
 
 
-# "Genre: ...", "**Mood** - ...", "2. Director/screenwriter: ...": what models put before what they say of a factor.
+# "Genre: ...", "**Mood** - ...", "2. Director/screenwriter: ...": how models introduce a factor.
 _FACTOR = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])?\s*\**(?P<factor>[A-Za-z][\w /&'’,-]{1,58}?)\**\s*(?::\**|\s[-–—])\s+")
 
 
 @dataclass(frozen=True)
 class Paragraph:
-    """One paragraph. factor: "" where the text names none."""
+    """One paragraph. factor: "" if the text names none."""
 
     factor: str
     text: str
 
 
 def paragraphs(text: str) -> list[Paragraph]:
-    """The paragraphs of a text, as plain strings: the template escapes them."""
-    found = []
+    """Paragraphs of a text, as plain strings: the template escapes them."""
+    parts = []
     for line in text.splitlines():
         if not line.strip():
             continue
         match = _FACTOR.match(line)
         factor = match["factor"].strip() if match else ""
-        found.append(Paragraph(factor, line[match.end() :].strip() if match else line.strip()))
-    return found
+        parts.append(Paragraph(factor, line[match.end() :].strip() if match else line.strip()))
+    return parts
 
 
 # -------------------------------------------------------------------------------------------------------------- ranking
-# Candidates in the order of the CTR model and in that of the LLM, side by side, with what moved between them.
+# Candidates ranked by the CTR model and by the LLM, side by side, with their moves.
 #
-# One question to the ranking application brings both orders. Where the LLM did not rank, or nothing ranks at all, the
-# page says so and shows what there is.
+# One request to the ranking application returns both. If the LLM did not rank, or nothing ranks at all, the
+# page says so and shows the rest.
 
 
-Ranker = Callable[[Rank], Awaitable[RankAnswer]]  # raises where it does not answer
-MOST_CHARACTERS = 2500  # of a list of ids
+Ranker = Callable[[Rank], Awaitable[RankAnswer]]  # raises if it does not respond
+MOST_CHARACTERS = 2500  # in a list of ids
 _DRAWN = 20
-_DEADLINE_MS = 8000  # people wait longer than pages do
+_DEADLINE_MS = 8000  # people wait longer than services
 
 
 async def compare_rankings(ranker: Ranker | None, tables: WorkspaceTables, user: int, words: str) -> dict[str, Any]:
-    """What the template of the page is filled with. words: item ids, or nothing for some drawn from the catalogue.
+    """Template values for the page. words: item ids, or empty for random ones from the catalog.
 
-    Raises Problem (422) for invalid ids, or too many.
+    Raises Problem (422) for invalid ids or too many of them.
     """
-    # Threads: tables are files.
+    # In threads, because tables are files.
     candidates = parse_ids(words) or await asyncio.to_thread(tables.draw_candidates, user, _DRAWN)
     view = {"user": user, "listed": words.strip(), "candidates": len(candidates), "ctr": [], "llm": [], "moved": 0}
     if ranker is None:
-        return {**view, "problem": "no ranking application is deployed beside this page"}
+        return {**view, "problem": "no ranking application is deployed with this page"}
     if not candidates:
-        return {**view, "problem": "there are no candidates: name items by their ids"}
+        return {**view, "problem": "there are no candidates: enter item ids"}
     asked = Rank(
         user_id=user,
         candidates=candidates,
@@ -94,13 +92,13 @@ async def compare_rankings(ranker: Ranker | None, tables: WorkspaceTables, user:
         answer = await ranker(asked)
     except Exception as error:
         mistake = root_mistake(error)
-        return {**view, "problem": str(mistake) if mistake else "the ranking application does not answer"}
-    sides = await asyncio.to_thread(_side_by_side, answer, tables)
-    return {**view, **sides, "problem": answer.reason}
+        return {**view, "problem": str(mistake) if mistake else "the ranking application does not respond"}
+    comparison = await asyncio.to_thread(_comparison, answer, tables)
+    return {**view, **comparison, "problem": answer.reason}
 
 
 def parse_ids(words: str) -> list[int]:
-    """The ids in a list that people wrote, with commas, blanks or line breaks between; each once.
+    """Ids from a list written by people, separated by commas, blanks or line breaks; without duplicates.
 
     Raises Problem (422).
     """
@@ -109,26 +107,24 @@ def parse_ids(words: str) -> list[int]:
         raise Problem(422, "is not a list of item ids, such as 50, 100, 181", field="candidates")
     ids = list(dict.fromkeys(map(int, parts)))
     if len(ids) > MAX_LLM_CANDIDATES:
-        raise Problem(
-            422, f"holds {len(ids)} ids; an LLM is asked about {MAX_LLM_CANDIDATES} at most", field="candidates"
-        )
+        raise Problem(422, f"has {len(ids)} ids; an LLM ranks at most {MAX_LLM_CANDIDATES}", field="candidates")
     return ids
 
 
-def _side_by_side(answer: RankAnswer, tables: WorkspaceTables) -> dict[str, Any]:
+def _comparison(answer: RankAnswer, tables: WorkspaceTables) -> dict[str, Any]:
     titles = tables.titles([r.id for r in answer.results])
     rows: list[dict[str, Any]] = []
     for place, (result, title) in enumerate(zip(answer.results, titles, strict=True), 1):
-        assert result.why is not None
+        assert result.explanation is not None
         rows.append(
             {
                 "id": result.id,
                 "title": title or f"item {result.id}",
                 "place": place,
-                "ctr_place": result.why.ctr_place,
-                "ctr_score": result.why.ctr_score,
-                "llm_score": result.why.llm_score,
-                "rise": result.why.ctr_place - place,  # places nearer to the top than the CTR model put it
+                "ctr_place": result.explanation.ctr_place,
+                "ctr_score": result.explanation.ctr_score,
+                "llm_score": result.explanation.llm_score,
+                "rise": result.explanation.ctr_place - place,  # places higher than in the CTR ranking
             }
         )
     by_llm = any(row["llm_score"] is not None for row in rows)
@@ -146,9 +142,9 @@ def _side_by_side(answer: RankAnswer, tables: WorkspaceTables) -> dict[str, Any]
 _FOLDER = Path(__file__).parent
 _POLICY = "default-src 'none'; style-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 _HEADERS = {"content-security-policy": _POLICY, "referrer-policy": "no-referrer", "cache-control": "no-store"}
-_FOUND = 50  # search results at most
-_NEIGHBOURS = 8
-_SAMPLED = 2000  # texts that the release's quality is judged by
+_FOUND = 50  # maximum search results
+_NEIGHBORS = 8
+_SAMPLED = 2000  # texts sampled for the release's quality
 
 
 def build_explorer(
@@ -161,7 +157,7 @@ def build_explorer(
     ranker: Ranker | None = None,
     stopping: Stopping = never_stopping,
 ) -> FastAPI:
-    """The application; its caller closes `served` and `similar`. ranker: None where nothing ranks."""
+    """Builds the application; its caller closes `served` and `similar`. ranker: None if nothing ranks."""
     telemetry = telemetry or NoTelemetry()
     app = following_app(
         "OwlRec explorer",
@@ -216,17 +212,17 @@ def build_explorer(
 
 def _id_of(text: str, field: str) -> int:
     if int(text) > LARGEST_ID:
-        raise Problem(422, "is no 64-bit integer", field=field)
+        raise Problem(422, "is not a 64-bit integer", field=field)
     return int(text)
 
 
 class _Views:
-    """What the templates are filled with."""
+    """Values for the templates."""
 
     def __init__(self, similar: SimilarEntities, tables: WorkspaceTables) -> None:
         self._similar = similar
         self._tables = tables
-        self._judged: dict[str, list[dict[str, Any]]] = {}  # by release
+        self._quality: dict[str, list[dict[str, Any]]] = {}  # by release
         self._environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(_FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
         )
@@ -237,30 +233,30 @@ class _Views:
 
     def health(self, release: Release) -> dict[str, Any]:
         """Coverage, age and quality of the release."""
-        if release.name not in self._judged:
-            self._judged = {release.name: [self._judge(release, kind) for kind in ("user", "item", "cohort")]}
+        if release.name not in self._quality:
+            self._quality = {release.name: [self._quality_of(release, kind) for kind in ("user", "item", "cohort")]}
         age = time.time() - datetime.fromisoformat(release.manifest.created).timestamp()
-        return {"kinds": self._judged[release.name], "age_hours": age / 3600, "chain": release.chain}
+        return {"kinds": self._quality[release.name], "age_hours": age / 3600, "chain": release.chain}
 
     def search(self, release: Release, kind: Kind, words: str) -> dict[str, Any]:
         """Entities by id, and items by title."""
-        found: dict[int, str] = {}
+        matches: dict[int, str] = {}
         if words.isascii() and words.isdigit() and len(words) <= 19 and int(words) <= LARGEST_ID:
             id_ = int(words)
             known = release.store.get(kind, [id_])[0] is not None
             if known or (kind != "cohort" and self._tables.row(kind, id_)):
-                found[id_] = self._name(kind, id_)
+                matches[id_] = self._name(kind, id_)
         if kind == "item" and words:
-            found |= dict(self._tables.find_items(words, _FOUND))
-        return {"kind": kind, "words": words, "found": list(found.items())[:_FOUND]}
+            matches |= dict(self._tables.find_items(words, _FOUND))
+        return {"kind": kind, "words": words, "found": list(matches.items())[:_FOUND]}
 
     def entity(self, release: Release, kind: Kind, id_: int) -> dict[str, Any]:
-        """One entity. Raises Problem (404) where neither the release nor the tables know it."""
+        """One entity. Raises Problem (404) if neither the release nor the tables have it."""
         store = release.store
         known = store.get(kind, [id_])[0]
         row = self._tables.row(kind, id_) if kind != "cohort" else None
         if known is None and row is None:
-            raise Problem(404, f"nothing is known of {kind} {id_}")
+            raise Problem(404, f"there is no text about {kind} {id_}")
         codes = store.own_codes(kind, [id_])[0]
         cohorts = store.cohorts(kind, [id_])[0]
         return {
@@ -276,13 +272,13 @@ class _Views:
             "codes": "-".join(map(str, codes)) if codes else "",
             "cohorts": [(c, k.text if k else "") for c, k in zip(cohorts, store.get("cohort", cohorts), strict=True)],
             "history": self._tables.history(id_) if kind == "user" else [],
-            "neighbours": self._neighbours(release, kind, id_),
+            "neighbors": self._neighbors(release, kind, id_),
         }
 
-    def _neighbours(self, release: Release, kind: Kind, id_: int) -> list[tuple[int, str, float]]:
+    def _neighbors(self, release: Release, kind: Kind, id_: int) -> list[tuple[int, str, float]]:
         try:
-            near = self._similar.find(release, Similar(kind=kind, id=id_, limit=_NEIGHBOURS))
-        except Problem:  # no vector, no faiss, or the index is being built: the page stands without
+            near = self._similar.find(release, Similar(kind=kind, id=id_, limit=_NEIGHBORS))
+        except Problem:  # no vector, no faiss, or an unfinished index: the page works without it
             return []
         return [(n.id, self._name(kind, n.id), n.score) for n in near]
 
@@ -290,7 +286,7 @@ class _Views:
         title = self._tables.titles([id_])[0] if kind == "item" else ""
         return title or f"{kind} {id_}"
 
-    def _judge(self, release: Release, kind: Kind) -> dict[str, Any]:
+    def _quality_of(self, release: Release, kind: Kind) -> dict[str, Any]:
         store = release.store
         ids = store.ids(kind, _SAMPLED)
         known = [k for k in store.get(kind, ids) if k]

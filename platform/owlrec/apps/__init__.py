@@ -1,0 +1,1 @@
+"""The Ray Serve applications, and what `owlrec serve` starts: owlrec.serving on Ray."""

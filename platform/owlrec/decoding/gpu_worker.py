@@ -1,9 +1,0 @@
-"""vLLM's GPU worker with the retrieval decoder. `engine_arguments` names it."""
-
-from vllm.v1.worker.gpu_worker import Worker
-
-from owlrec.decoding.worker import RetrievalWorker
-
-
-class RetrievalGpuWorker(RetrievalWorker, Worker):
-    """See RetrievalWorker."""

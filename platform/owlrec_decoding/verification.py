@@ -1,0 +1,235 @@
+"""Verification of draft tokens: strict (the text of plain decoding) or relaxed (DARE/LASER, sec.
+4.2).
+
+Relaxed: accepts a draft token if it is the argmax, or ranks within the k most likely with a probability above a
+threshold (DARE) and, if a margin is set, within that margin of the most likely (TensorRT-LLM's form). Only greedy
+requests are relaxed: a sampled one keeps its distribution. vLLM 0.32's own sampler converts, copies and scans all
+logits of a draft several times. For purely greedy batches one argmax is enough, and the relaxed rule
+checks only tokens that failed it and could still pass.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.v1.outputs import SamplerOutput
+from vllm.v1.sample.logits_processor.builtin import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
+from vllm.v1.sample.rejection_sampler import RejectionSampler
+
+from owlrec_decoding.options import Relaxation
+
+if TYPE_CHECKING:
+    from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+_NO_TOKEN = -1  # vLLM's PLACEHOLDER_TOKEN_ID
+_NO_MARGIN = 2.0  # larger than any difference of probabilities
+
+
+def relaxed_accept(
+    logits: torch.Tensor, draft: torch.Tensor, *, k: torch.Tensor, min_prob: torch.Tensor, margin: torch.Tensor
+) -> torch.Tensor:
+    """Draft tokens that the relaxed rule accepts, each judged separately: a chain still ends at its first rejected
+    token.
+
+    logits: [n, vocab], after penalties and masks, at temperature 1. draft: int64 [n]; -1 marks padding and is never
+    accepted.
+    k: int64 [n], 1 accepts only the argmax. min_prob, margin: float32 [n]; a margin of 1 or more has no effect.
+    Returns bool [n].
+    """
+    logits, token = logits.float(), draft.clamp(min=0)
+    theirs = logits.gather(1, token[:, None]).squeeze(1)
+    top, argmax = logits.max(dim=-1)
+    norm = logits.logsumexp(dim=-1)
+    probability = (theirs - norm).exp()
+    likely = ((logits > theirs[:, None]).sum(dim=-1) < k) & (probability > min_prob)
+    likely &= (top - norm).exp() - probability <= margin
+    return (draft >= 0) & ((argmax == token) | (likely & (k > 1)))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Verdict on a step, int64 [rows]: accepted drafts, and those among them accepted only by the relaxed
+    rule."""
+
+    accepted: np.ndarray
+    relaxed: np.ndarray
+
+
+class _Rules:
+    """The relaxed rule's parameters for each draft token of a step; strict rows have k = 1."""
+
+    def __init__(self, rules: Sequence[Relaxation | None], counts: np.ndarray) -> None:
+        padded = [*rules[: len(counts)], *[None] * (len(counts) - len(rules))]
+        self.k = np.repeat([r.k if r else 1 for r in padded], counts)
+        self.min_prob = np.repeat(np.array([r.min_prob if r else 1.0 for r in padded], np.float32), counts)
+        margins = [_NO_MARGIN if r is None or r.margin is None else r.margin for r in padded]
+        self.margin = np.repeat(np.array(margins, np.float32), counts)
+
+    def accept(self, logits: torch.Tensor, draft: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """relaxed_accept for the draft tokens `at`. logits: [len(at), vocab]."""
+        k, min_prob, margin, tokens = (
+            torch.from_numpy(a[at]).to(logits.device) for a in (self.k, self.min_prob, self.margin, draft)
+        )
+        return relaxed_accept(logits, tokens, k=k, min_prob=min_prob, margin=margin).cpu().numpy()
+
+
+class Verifier(RejectionSampler):
+    """vLLM's rejection sampler with a fast path for greedy batches, and the relaxed rule.
+
+    rules: one per row, None for strict; the worker sets it before each step. verdict: of the last step.
+    """
+
+    def __init__(self, sampler: Any, spec_config: Any, device: torch.device) -> None:
+        super().__init__(sampler, spec_config, device)
+        self.rules: Sequence[Relaxation | None] = ()
+        self.verdict = Verdict(np.zeros(0, np.int64), np.zeros(0, np.int64))
+        self.seconds = 0.0  # time spent here since the start
+        # For this step, on the slow path, [n_draft]: tokens, and whether only the relaxed rule accepts them.
+        self._draft = np.zeros(0, np.int64)
+        self._only_relaxed = np.zeros(0, dtype=bool)
+
+    def forward(
+        self,
+        metadata: "SpecDecodeMetadata",
+        draft_probs: torch.Tensor | None,
+        logits: torch.Tensor,
+        sampling_metadata: "SamplingMetadata",
+    ) -> SamplerOutput:
+        """See RejectionSampler.forward."""
+        start = time.perf_counter()
+        counts = np.asarray(metadata.num_draft_tokens, dtype=np.int64)
+        if _greedy_only(sampling_metadata) and not self.synthetic_mode:
+            output = self._verify_greedy(metadata, logits, counts)
+        elif not counts.any():
+            # vLLM 0.32 calls this in every step, with drafts or not; without drafts, its own code fails for top-k.
+            output = self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+            self.verdict = Verdict(np.zeros_like(counts), np.zeros_like(counts))
+        else:
+            self._draft = metadata.draft_token_ids.cpu().numpy().astype(np.int64)
+            # vLLM 0.32's CPU kernel reads a probability at -1 and may accept it (vllm#46533 fixed the GPU's):
+            # padding is verified as token 0, as the model was fed, and the tokens after it are dropped.
+            unpadded = replace(metadata, draft_token_ids=metadata.draft_token_ids.clamp(min=0))
+            output = super().forward(unpadded, draft_probs, logits, sampling_metadata)
+            kept = torch.from_numpy(_first_failures(self._draft >= 0, counts)).to(logits.device)
+            column = torch.arange(metadata.max_spec_len + 1, device=logits.device)
+            output.sampled_token_ids[column > kept[:, None]] = _NO_TOKEN
+            emitted = (output.sampled_token_ids.cpu().numpy() != _NO_TOKEN).sum(axis=1)
+            accepted = np.minimum(np.maximum(emitted - 1, 0), counts)
+            self.verdict = Verdict(accepted, _sum_runs(self._only_relaxed, counts, accepted))
+        self.seconds += time.perf_counter() - start
+        return output
+
+    def apply_logits_processors(
+        self, logits: torch.Tensor, sampling_metadata: "SamplingMetadata", metadata: "SpecDecodeMetadata"
+    ) -> torch.Tensor:
+        """After vLLM's own processors, makes each relaxed token the only choice at its position, so the stock
+        kernel accepts it."""
+        logits = super().apply_logits_processors(logits, sampling_metadata, metadata)
+        counts = np.asarray(metadata.num_draft_tokens, dtype=np.int64)
+        self._only_relaxed = np.zeros(len(logits), dtype=bool)
+        rules = _Rules(self.rules, counts)
+        relaxing = rules.k > 1
+        if not sampling_metadata.all_greedy:
+            relaxing &= np.repeat((sampling_metadata.temperature.cpu().numpy() == 0)[: len(counts)], counts)
+        at = np.flatnonzero(relaxing)
+        if len(at):
+            draft = self._draft
+            part = logits[torch.from_numpy(at).to(logits.device)]
+            passed = rules.accept(part, draft, at) & (part.argmax(dim=-1).cpu().numpy() != draft[at])
+            rows, tokens = (torch.from_numpy(a).to(logits.device) for a in (at[passed], draft[at[passed]]))
+            logits[rows] = float("-inf")
+            logits[rows, tokens] = 0.0
+            self._only_relaxed[at[passed]] = True
+        return logits
+
+    def _verify_greedy(self, metadata: "SpecDecodeMetadata", logits: torch.Tensor, counts: np.ndarray) -> SamplerOutput:
+        top, best = logits.max(dim=-1)
+        likeliest = best.cpu().numpy()
+        draft = metadata.draft_token_ids.cpu().numpy().astype(np.int64)
+        # The logits of a row's drafts are followed by that of its bonus, so draft i of row r is at i + r.
+        place = np.arange(len(draft)) + np.repeat(np.arange(len(counts)), counts)
+        exact = (draft >= 0) & (likeliest[place] == draft)
+        passed = exact
+        if any(self.rules):
+            passed = exact | self._relaxed_too(logits, top, draft, place, exact, counts)
+        accepted = _first_failures(passed, counts)
+        output = np.full((len(counts), metadata.max_spec_len + 1), _NO_TOKEN, dtype=np.int32)
+        column = np.arange(metadata.max_spec_len + 1)
+        output[column < accepted[:, None]] = draft[_in_runs(counts, accepted)]
+        starts = np.cumsum(counts) - counts
+        output[np.arange(len(counts)), accepted] = likeliest[starts + np.arange(len(counts)) + accepted]
+        self.verdict = Verdict(accepted, accepted - _sum_runs(exact, counts, accepted))
+        return SamplerOutput(sampled_token_ids=torch.from_numpy(output).to(logits.device), logprobs_tensors=None)
+
+    def _relaxed_too(
+        self,
+        logits: torch.Tensor,
+        top: torch.Tensor,
+        draft: np.ndarray,
+        place: np.ndarray,
+        exact: np.ndarray,
+        counts: np.ndarray,
+    ) -> np.ndarray:
+        """bool [n_draft]: tokens that only the relaxed rule accepts. Skips those after a token that certainly
+        fails."""
+        rules = _Rules(self.rules, counts)
+        failed = np.flatnonzero(~exact & (draft >= 0) & (rules.k > 1))
+        rows, tokens = (torch.from_numpy(a).to(logits.device) for a in (place[failed], draft[failed]))
+        # The ratio to the most likely token bounds a probability from above without a sum over the vocabulary.
+        ratio = (logits[rows, tokens].float() - top[rows].float()).exp().cpu().numpy()
+        possible = exact.copy()
+        possible[failed] = ratio > rules.min_prob[failed]
+        reached = np.zeros(len(draft), dtype=bool)
+        reached[_in_runs(counts, _first_failures(possible, counts))] = True
+        at = np.flatnonzero(possible & reached & ~exact)
+        accepted = np.zeros(len(draft), dtype=bool)
+        if len(at):
+            accepted[at] = rules.accept(logits[torch.from_numpy(place[at]).to(logits.device)], draft, at)
+        return accepted
+
+
+def _first_failures(passed: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """int64 [rows]: number of passing tokens in each row before the first failure. passed: bool [n_draft], row after
+    row."""
+    ends = np.cumsum(counts)
+    failures = np.append(np.flatnonzero(~passed), len(passed))
+    first = failures[np.searchsorted(failures, ends - counts)]
+    return np.minimum(first, ends) - (ends - counts)
+
+
+def _in_runs(counts: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """Positions, in row order, of the first `taken[r]` of the `counts[r]` tokens of each row."""
+    index = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.flatnonzero(index < np.repeat(taken, counts))
+
+
+def _sum_runs(flags: np.ndarray, counts: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """int64 [rows]: number of flagged tokens among the first `taken[r]` of each row."""
+    total = np.concatenate([[0], np.cumsum(flags)])
+    starts = np.cumsum(counts) - counts
+    return total[starts + taken] - total[starts]
+
+
+def _greedy_only(metadata: "SamplingMetadata") -> bool:
+    """Whether every row needs only the argmax of its raw logits."""
+    holder = metadata.thinking_budget_state_holder
+    return (
+        metadata.all_greedy
+        and metadata.no_penalties
+        and metadata.max_num_logprobs is None
+        and not metadata.logprob_token_ids
+        and not metadata.bad_words_token_ids
+        and metadata.allowed_token_ids_mask is None
+        and not (holder is not None and holder.has_tracked_requests())
+        and all(_idle(processor) for processor in metadata.logitsprocs.non_argmax_invariant)
+    )
+
+
+def _idle(processor: Any) -> bool:
+    if isinstance(processor, MinTokensLogitsProcessor):
+        return not processor.min_toks
+    return isinstance(processor, LogitBiasLogitsProcessor) and not processor.biases
