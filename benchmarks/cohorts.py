@@ -260,12 +260,10 @@ def _worth(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
 
 def _acceptance(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
     from owlrec.generation import VllmEngine, VllmEngineConfig, token_counter
-    from owlrec.generation.engines import load_tokenizer, model_identity
     from owlrec.generation.job import read_knowledge
     from owlrec.prompting.prompts import Prompt, user_prompts
     from owlrec.sources.splits import ItemCatalog
     from owlrec_decoding import DecodingConfig, DraftLimits, request_arguments
-    from owlrec_decoding.pools import answer_tokens, write_pool
 
     generated, built = finished_stage(workspace, "generate"), finished_stage(workspace, "cohorts")
     assert generated is not None
@@ -294,43 +292,41 @@ def _acceptance(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
         count,
     )
     asked = [p for p in prompts if isinstance(p, Prompt) and p.id in tried]
-    tokenizer, identity = load_tokenizer(recipe.engine.model), model_identity(recipe.engine.model)
-    with tempfile.TemporaryDirectory() as folder:
+    engine = VllmEngine(
+        recipe.engine.model_copy(update={"max_num_seqs": 4}), DecodingConfig(mode="strict"), DraftLimits(live_tokens=0)
+    )
+
+    async def open_pools() -> None:
         for name, users in members.items():
-            sequences = list(answer_tokens(tokenizer, [pooled[u] for u in users], [False] * len(users)))
-            write_pool(folder, name, sequences, users, identity=identity, max_tokens=10**7)
-        decoding = DecodingConfig(mode="strict", pools=folder)
-        engine = VllmEngine(recipe.engine.model_copy(update={"max_num_seqs": 4}), decoding, DraftLimits(live_tokens=0))
+            await engine.open_texts(name, {u: pooled[u] for u in users})
 
-        async def run(pool_of: Any) -> tuple[int, int, int]:
-            gate = asyncio.Semaphore(4)
+    async def run(pool_of: Any) -> tuple[int, int, int]:
+        gate = asyncio.Semaphore(4)
 
-            async def one(prompt: Prompt) -> Any:
-                async with gate:
-                    extra = request_arguments([pool_of(prompt.id)])
-                    return await engine.complete(prompt.system, prompt.text, recipe.sampling, extra)
+        async def one(prompt: Prompt) -> Any:
+            async with gate:
+                extra = request_arguments([pool_of(prompt.id)])
+                return await engine.complete(prompt.system, prompt.text, recipe.sampling, extra)
 
-            answers = await asyncio.gather(*(one(p) for p in asked))
-            return tuple(sum(getattr(a, n) for a in answers) for n in ("drafted", "accepted", "output_tokens"))
+        answers = await asyncio.gather(*(one(p) for p in asked))
+        return tuple(sum(getattr(a, n) for a in answers) for n in ("drafted", "accepted", "output_tokens"))
 
-        choices = {
-            "own cohort": lambda user: cohort[user],
-            "random cohort": lambda user: others[cohort[user]],
-            "all texts": lambda user: "all",
-        }
-        for method, pool_of in choices.items():
-            drafted, accepted, written = asyncio.run(run(pool_of))
-            measure = f"drafts for {len(asked)} users without a text of their own, strict, batch 4"
-            yield Figure(
-                measure=measure,
-                method=method,
-                value=round(accepted / max(drafted, 1), 3),
-                unit="accepted a draft token",
-            )
-            yield Figure(
-                measure=measure, method=method, value=round(accepted / written, 3), unit="accepted a token written"
-            )
-        engine.close()
+    asyncio.run(open_pools())
+    choices = {
+        "own cohort": lambda user: cohort[user],
+        "random cohort": lambda user: others[cohort[user]],
+        "all texts": lambda user: "all",
+    }
+    for method, pool_of in choices.items():
+        drafted, accepted, written = asyncio.run(run(pool_of))
+        measure = f"drafts for {len(asked)} users without a text of their own, strict, batch 4"
+        yield Figure(
+            measure=measure, method=method, value=round(accepted / max(drafted, 1), 3), unit="accepted a draft token"
+        )
+        yield Figure(
+            measure=measure, method=method, value=round(accepted / written, 3), unit="accepted a token written"
+        )
+    engine.close()
 
 
 if __name__ == "__main__":

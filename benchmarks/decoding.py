@@ -161,7 +161,7 @@ def prepare(
     n_pool = 24 if quick else POOL_TEXTS
     rows = [r for r in histories.to_pylist() if len(r["items"]) >= 8]
     before = [{**r, "items": r["items"][:-2], "ratings": r["ratings"][:-2]} for r in rows[:n_pool]]
-    job: dict[str, Any] = {"quick": quick, "pools": str(folder / "pools"), "requests": {}, "pool_texts": {}}
+    job: dict[str, Any] = {"quick": quick, "requests": {}, "pool_texts": {}}
     for name in frameworks:
         config = PromptConfig(framework=name)
 
@@ -231,9 +231,7 @@ class _Engine:
         self.ours, extra = "mode" in method, {}
         self.new_tokens = _new_tokens(job["quick"])
         if self.ours:
-            self._write_pools(job)
-            config = DecodingConfig(mode=method["mode"], pools=job["pools"])
-            extra = engine_arguments(config, model_identity(PACKAGED))
+            extra = engine_arguments(DecodingConfig(mode=method["mode"]))
         elif method:
             extra = {"speculative_config": method}
         if method:
@@ -251,6 +249,8 @@ class _Engine:
             )
         )
         self.tokenizer = self.engine.get_tokenizer()
+        if self.ours:
+            self._open_pools(job)
 
     def run(self, pool: str, requests: list[Any], batch: int) -> dict[str, Any]:
         """Runs the requests, `batch` of them at a time, with drafts from `pool`."""
@@ -317,18 +317,15 @@ class _Engine:
         )
         self.engine.add_request(str(id_), {"prompt_token_ids": [*ids, *answer]}, sampling)
 
-    @staticmethod
-    def _write_pools(job: dict[str, Any]) -> None:
-        from owlrec_decoding.pools import write_pool
+    def _open_pools(self, job: dict[str, Any]) -> None:
+        from owlrec_decoding.index import build_pool
 
-        identity = model_identity(PACKAGED)
         for framework, file in job["pool_texts"].items():
             texts = json.loads(Path(file).read_text())
             for kind in ("users", "items"):
                 mine = [t for t in texts if t["pool"] == kind]
-                sequences, ids = [t["tokens"] for t in mine], [t["id"] for t in mine]
-                name = f"{framework}-{kind}"
-                write_pool(job["pools"], name, sequences, ids, identity=identity, max_tokens=10**7)
+                pool = build_pool([t["tokens"] for t in mine], [t["id"] for t in mine])
+                self.engine.collective_rpc("owlrec_open_pool", args=(f"{framework}-{kind}", pool.to_bytes()))
 
 
 if __name__ == "__main__":

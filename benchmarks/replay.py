@@ -242,10 +242,8 @@ class Drafter:
         )
         out.row_us.append((time.perf_counter() - start) / n * 1e6)
         accepted = np.array([prefix(found.tokens[r, : found.count[r]], texts[r][lengths[r] :]) for r in range(n)])
-        seen = np.arange(DEPTH) < np.minimum(accepted + 1, found.count)[:, None]
         right = np.arange(DEPTH) < accepted[:, None]
-        if seen.any():
-            rates.observe(found.cell[seen], found.expected[seen], right[seen])
+        rates.observe(found.cell, found.expected, np.minimum(accepted + 1, found.count), accepted)
         out.accepted.update(Counter(SOURCES[g] for g in (found.cell[right] // CELLS).tolist()))
         out.drafts.append((found.chance, found.count, accepted))
         out.steps += n

@@ -32,7 +32,7 @@ os.environ.update(
     RAY_TRAIN_ENABLE_STATE_TRACKING="0",
     RAY_worker_niceness="0",  # Ray's 15 would leave the cluster's workers a thirtieth of what the other lane gets
     HF_HUB_OFFLINE="1",
-    TOKENIZERS_PARALLELIZM="false",
+    TOKENIZERS_PARALLELISM="false",
 )
 os.environ.pop("RAY_ADDRESS", None)
 # How long an example takes hangs on who else computes.
@@ -79,13 +79,16 @@ def watches_the_clock(item: pytest.Item) -> bool:
 
 @pytest.fixture(autouse=True)
 def _only_computes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails a test that starts Python without one of the markers: `make check` would wait for its imports."""
+    """Fails a test that starts Python without one of the markers: `make check` would wait for its imports.
+
+    The S3 server, which all tests share, is paid for once.
+    """
     if any(map(request.node.get_closest_marker, STARTING)):
         return
     start = subprocess.Popen.__init__
 
     def refused(self: subprocess.Popen[bytes], args: Any, *rest: Any, **named: Any) -> None:
-        if not isinstance(args, str) and str(args[0]) == sys.executable:
+        if not isinstance(args, str) and str(args[0]) == sys.executable and "moto.server" not in args:
             pytest.fail(f"starts {args[:3]}: mark it `process`")
         start(self, args, *rest, **named)
 

@@ -1,8 +1,17 @@
-"""An S3 server on loopback, in this process: moto's, over real HTTP."""
+"""An S3 server on loopback: moto's, over real HTTP.
+
+It is a process of its own: whole runs ask it thousands of times, and vLLM (0.32) starts no engine in a process that has
+Flask, whose proxies it trips over when it looks for its kernels.
+"""
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from processes import free_port
 
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -15,51 +24,23 @@ ENVIRONMENT = {
 @contextmanager
 def s3_server(bucket: str) -> Iterator[str]:
     """The address of a new, empty bucket's server, which the environment names for the block."""
-    import logging
-
     import boto3
-    from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    before = dict(os.environ)
-    os.environ.update(ENVIRONMENT, AWS_ENDPOINT_URL=f"http://{host}:{port}")
-    try:
-        boto3.client("s3").create_bucket(Bucket=bucket)
-        yield f"http://{host}:{port}"
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        server.stop()
-
-
-@contextmanager
-def s3_process(bucket: str) -> Iterator[str]:
-    """The same server as a process of its own: whole runs ask it thousands of times."""
-    import subprocess
-    import sys
-    import time
-
-    import boto3
-    from processes import free_port
-
-    port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    address = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", address.rpartition(":")[2]]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     before = dict(os.environ)
-    os.environ.update(ENVIRONMENT, AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
+    os.environ.update(ENVIRONMENT, AWS_ENDPOINT_URL=address)
     try:
         for attempt in range(120):
             try:
                 boto3.client("s3").create_bucket(Bucket=bucket)
                 break
             except Exception:
-                if attempt == 119:
+                if attempt == 119 or server.poll() is not None:
                     raise
                 time.sleep(0.5)
-        yield os.environ["AWS_ENDPOINT_URL"]
+        yield address
     finally:
         os.environ.clear()
         os.environ.update(before)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 
@@ -21,13 +22,12 @@ from owlrec import api
 from owlrec.ctr import model as adaptor
 from owlrec.errors import RecipeError, ReleaseError, SchemaError, WorkspaceError
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation.release_pools import FOLDER
 from owlrec.ids import as_ids, stable_id
 from owlrec.recipe import Recipe, load_recipe, make_recipe
 from owlrec.releases import Release
 from owlrec.releases.format import Knowledge
 from owlrec.workspace import Workspace
-from owlrec_decoding.pools import write_pool
+from owlrec_decoding.pools import Text, read_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 WALK = (ROOT / "docs" / "your-data.md").read_text()
@@ -345,26 +345,36 @@ class asked:
 # drafting
 
 
-def test_drafting_reads_from_pools_whose_they_are(tmp_path: Path) -> None:
-    write_pool(tmp_path, "mine", [[1, 2, 3]], None, identity="some-model", max_tokens=10)
-    arguments = owlrec.drafting(tmp_path)
-    settings = arguments["additional_config"]["owlrec_decoding"]
-    assert settings["identity"] == "some-model"
-    assert settings["config"]["pools"] == str(tmp_path)
-    assert settings["config"]["mode"] == "strict"
-    assert owlrec.drafting(tmp_path, model="some-model") == arguments
-    with pytest.raises(RecipeError, match="some-model"):
-        owlrec.drafting(tmp_path, model="another")
+def drafted_from(arguments: dict[str, Any]) -> list[Text]:
+    """The texts that an engine with these arguments reads when it starts."""
+    return read_texts(arguments["additional_config"]["owlrec_decoding"]["texts"])
 
 
-def test_drafting_finds_the_pools_of_the_current_release(in_shop: Path) -> None:
-    with pytest.raises(RecipeError, match="no retrieval pools"):
-        owlrec.drafting("shop.yaml")
+def test_drafting_reads_files_frames_and_sequences(tmp_path: Path) -> None:
+    file = tmp_path / "texts.csv"
+    file.write_text("text,id,pool\na film about owls,7,item\nanother,,\n")
+    rows = [Text("a film about owls", 7, "item"), Text("another")]
+    arguments = owlrec.drafting(file)
+    assert arguments["additional_config"]["owlrec_decoding"]["config"]["mode"] == "strict"
+    assert drafted_from(arguments) == rows
+    frame = pd.read_csv(file)
+    assert drafted_from(owlrec.drafting(frame)) == rows
+    assert drafted_from(owlrec.drafting(pa.Table.from_pandas(frame))) == rows
+    assert drafted_from(owlrec.drafting(["one", "two"])) == [Text("one"), Text("two")]
+    assert owlrec.drafting()["additional_config"]["owlrec_decoding"]["texts"] is None
+    for wrong in (tmp_path / "none.csv", pd.DataFrame({"texts": ["x"]}), 7):
+        with pytest.raises(RecipeError, match="texts: "):
+            owlrec.drafting(wrong)
+
+
+def test_drafting_takes_the_texts_of_the_current_release(in_shop: Path) -> None:
     with owlrec.open("shop.yaml") as release:
-        folder = Workspace("runs/shop").local_path(FOLDER, release.name)
-    write_pool(folder, "item", [[1, 2, 3]], None, identity="some-model", max_tokens=10)
-    settings = owlrec.drafting("runs/shop")["additional_config"]["owlrec_decoding"]
-    assert (settings["identity"], settings["config"]["pools"]) == ("some-model", str(folder))
+        known = release.get("item", release.store.ids("item"))
+    texts = drafted_from(owlrec.drafting("shop.yaml"))
+    assert {t.text for t in texts if t.pool == "item"} == {k.text for k in known if k}
+    assert drafted_from(owlrec.drafting("runs/shop")) == texts
+    with pytest.raises(RecipeError, match="has no release yet"):
+        owlrec.drafting(Workspace(in_shop / "empty"))
 
 
 def test_drafting_refuses_what_is_no_setting() -> None:

@@ -21,14 +21,12 @@ import pyarrow as pa
 import owlrec_decoding
 from owlrec.errors import EngineError, RecipeError, SchemaError, WorkspaceError
 from owlrec.generation import EngineConfig
-from owlrec.generation.engines import model_identity
 from owlrec.generation.job import GenerateStage, build_job, dead_file, iterate_knowledge, table_inputs
-from owlrec.generation.release_pools import FOLDER
-from owlrec.ids import TABLES, stable_id
+from owlrec.ids import KINDS, TABLES, stable_id
 from owlrec.lookup import workspace_of
 from owlrec.ops.console import ShardWatch, progress, silent
 from owlrec.recipe import Recipe, load_recipe, make_recipe
-from owlrec.releases.release import current_release
+from owlrec.releases.release import current_release, open_release
 from owlrec.runner import pending_shards
 from owlrec.runs import STAGES
 from owlrec.runs.stages import chosen_stages, run_stages
@@ -43,7 +41,6 @@ from owlrec.sources.tabular import to_milliseconds
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shards_for, table_file
 from owlrec_decoding import DecodingError, VllmError
-from owlrec_decoding.options import pools_identity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,6 +49,7 @@ RecipeLike = Recipe | Mapping[str, Any] | str | PathLike[str]  # a dict has the 
 Section = Mapping[str, Any] | Any  # a recipe's section: a dict or its Config
 
 _HERE_ROWS = 2_000  # up to here, in this process: faster than starting a Ray cluster
+_DRAFTED = 50_000  # texts of a kind that `drafting` takes from a release: 200 MB in the engine
 _FRAMES = "frames"  # in the card of `write_texts`' tables
 
 
@@ -98,53 +96,49 @@ def _recipe(recipe: RecipeLike, workspace: str | PathLike[str] | None = None) ->
 
 
 def drafting(
-    pools: str | PathLike[str] | Workspace | None = None,
+    texts: Any = None,
     mode: Literal["strict", "relaxed", "off"] = "strict",
-    *,
-    model: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Keyword arguments that enable the retrieval decoder in a `vllm.LLM`: `LLM(name, **owlrec.drafting(...))`.
+    """Keyword arguments that enable the retrieval decoder in a `vllm.LLM`: `LLM(name, **owlrec.drafting("texts.csv"))`.
 
-    pools: the texts to draft from: a folder of pools (`owlrec_decoding.pools.write_pool`), or a workspace or recipe
-    whose current release has some. Without pools, finished texts serve as drafts for later ones. mode: strict changes
-    no answer; relaxed accepts more drafts by DARE's rule (`min_prob`). model: the LLM's model, if the pools do not
-    name it; pools of another model are refused. settings: more keys of a recipe's `decoding`. Requests name their
-    pools: `SamplingParams(extra_args=owlrec_decoding.request_arguments(["item"]))`. Raises RecipeError for an unknown
-    setting or a workspace without pools, and EngineError if vLLM is missing or has another version than the decoder
-    supports.
+    texts: what to draft from: a CSV, JSON lines or Parquet file, a pandas or Arrow table with a column `text` (and,
+    optionally, `pool` and `id`), a sequence of texts, or a workspace or recipe, whose current release has texts (in
+    pools named after the kind). Without texts, finished answers serve as drafts for later ones. mode: strict changes no
+    answer; relaxed accepts more drafts by DARE's rule (`min_prob`). settings: more keys of a recipe's `decoding`.
+    Requests name their pools: `SamplingParams(extra_args=owlrec_decoding.request_arguments(["item"]))`. Raises
+    RecipeError for an unknown setting, a missing file or a workspace without a release, and EngineError if vLLM is
+    missing or has another version than the decoder supports.
 
     >>> import owlrec
-    >>> arguments = owlrec.drafting(mode="relaxed", min_prob=0.2)
+    >>> arguments = owlrec.drafting(["An owl sees by night."], mode="relaxed", min_prob=0.2)
     >>> arguments["additional_config"]["owlrec_decoding"]["config"]["min_prob"]
     0.2
     >>> sorted(arguments)
     ['additional_config', 'speculative_config', 'worker_cls']
     """
-    folder = None if pools is None else _pools(pools)
-    if folder is not None and model and pools_identity(folder) == model_identity(model):
-        model = None  # pools of a run are named by what identifies the model's weights
+    if isinstance(texts, Workspace) or (
+        isinstance(texts, str | PathLike) and (Path(texts).is_dir() or Path(texts).suffix in (".yaml", ".yml"))
+    ):
+        texts = _released_texts(workspace_of(texts))
     try:
-        return owlrec_decoding.drafting(folder, mode, model=model, **settings)
+        return owlrec_decoding.drafting(texts, mode, **settings)
     except VllmError as error:
         raise EngineError(str(error)) from None
     except DecodingError as error:
         raise RecipeError(str(error)) from None
 
 
-def _pools(pools: str | PathLike[str] | Workspace) -> Path:
-    """The folder of pools: what is given, or that of a workspace's current release."""
-    folder = None if isinstance(pools, Workspace) else Path(fspath(pools)).expanduser()
-    if folder is not None and folder.is_dir() and not (folder / "workspace.json").exists():
-        return folder
-    workspace = workspace_of(pools)
-    release = current_release(workspace)
-    if release is None or not workspace.exists(FOLDER, release):
-        raise RecipeError(
-            f"pools: {workspace.root} has no retrieval pools. Run `publish` with `decoding.mode: strict` and a "
-            "vLLM engine in the recipe, or pass a folder of pools."
-        )
-    return workspace.local_path(FOLDER, release)
+def _released_texts(workspace: Workspace) -> list[dict[str, Any]]:
+    """Texts of the current release, at most _DRAFTED of each kind."""
+    if current_release(workspace) is None:
+        raise RecipeError(f"texts: {workspace.root} has no release yet. Run `owlrec run`, or pass a file of texts.")
+    rows = []
+    with open_release(workspace, verify=False, lazily=True) as release:
+        for kind in KINDS:
+            known = release.get(kind, release.store.ids(kind, _DRAFTED).tolist())
+            rows += [{"text": k.text, "id": k.id, "pool": kind} for k in known if k is not None and k.text]
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------------- write_texts

@@ -527,7 +527,7 @@ def prune(
         float, typer.Option("--min-age-hours", min=0.0, help="keep releases younger than this")
     ] = 1.0,
 ) -> None:
-    """Remove old releases and their retrieval pools; keep the current one and its parents."""
+    """Remove old releases; keep the current one and its parents."""
     from owlrec.releases import retention
 
     removed = retention.prune(workspace_of(target), keep=keep, min_age_s=3600 * min_age_hours)

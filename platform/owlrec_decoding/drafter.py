@@ -4,20 +4,31 @@ import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import vllm
+from vllm.distributed import get_tp_group
 from vllm.v1.sample import rejection_sampler
 
 from owlrec_decoding import options
 from owlrec_decoding.controller import Controller, DecoderCounters, StepSums, StepTimes, band_of_rows
-from owlrec_decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, SearchSet, build_pool
+from owlrec_decoding.index import (
+    CONTEXT,
+    LIVE,
+    NOTHING,
+    SEALED,
+    TEXT,
+    LivePool,
+    SealedPool,
+    SearchSet,
+    build_pool,
+)
 from owlrec_decoding.options import DEFAULT_POOL, VLLM_VERSION, DecodingConfig, DraftLimits, Relaxation, VllmError
-from owlrec_decoding.pools import CELLS, AcceptanceRates, Drafts, Pools, draft_rows
-from owlrec_decoding.verification import Verifier
+from owlrec_decoding.pools import CELLS, AcceptanceRates, Drafts, Pools, build_pools, draft_rows, read_texts
+from owlrec_decoding.verification import RowRules, Verifier, rule_numbers
 
 # -------------------------------------------------------------------------------------------------------------- drafter
 # The proposer that vLLM 0.32's `custom_class` speculation calls once per step: retrieval, then the controller's limit.
@@ -27,35 +38,80 @@ from owlrec_decoding.verification import Verifier
 # because rows change places between steps.
 
 
-CLASSES = (
-    "own",
-    "named",
-    "default",
-    "context",
-)  # classes of sources; acceptance is learned per class, strict and relaxed separately
+# Classes of sources; acceptance is learned per class, strict and relaxed separately.
+CLASSES = ("own", "named", "default", "live", "context")
+MAX_RELAXED = 32  # tokens of a text after which no more are relaxed; the last step may exceed it by its drafts
 _MAX_NAMED = 4  # pools that a request may name
+_MAX_ENDS = 64  # tokens at which drafts end; requests may name any number
 _SOURCES = 2 + 2 * (_MAX_NAMED + 1)
 _log = logging.getLogger(__name__)
 
 
 @dataclass
-class RequestState:
-    """State of one request. The verdict on its drafts arrives in the step after they were proposed."""
+class _Request:
+    """What a request asked for. pools: those that exist, in search order. ends: tokens that end its text. place: of its
+    own earlier text."""
 
-    rule: Relaxation | None
-    drafting: bool
-    min_tokens: int
-    max_tokens: int
     pools: list[str]
     document: int | None
-    version: int = -1
-    sources: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
-    classes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    text_place: int | None = None
-    proposed: tuple[np.ndarray, np.ndarray] | None = None  # cell and expected chance of each token proposed last
-    drafted: int = 0
-    accepted: int = 0
-    relaxed: int = 0
+    ends: set[int]
+    place: int | None = None
+
+
+class Requests:
+    """State of the requests, in arrays by slot, so that a step handles all its rows at once.
+
+    drafting: bool. k, min_prob, margin: the relaxed rule, k = 1 for strict. min_tokens, max_tokens: of the answer.
+    version: of the pools when sources were looked up. sources: [_SOURCES, 2] of kind and place; groups: [_SOURCES], see
+    draft_rows. proposed: tokens proposed in the last step, with cells and expected chances, [depth]; ends: whether the
+    last of them ends the text. drafted, accepted, relaxed: counts so far.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.slots: dict[str, int] = {}
+        self.about: list[_Request | None] = []
+        self._free: list[int] = []
+        self.drafting, self.ends = np.zeros(0, bool), np.zeros(0, bool)
+        self.min_prob, self.margin = np.zeros(0, np.float32), np.zeros(0, np.float32)
+        self.k, self.min_tokens, self.max_tokens, self.version = (np.zeros(0, np.int64) for _ in range(4))
+        self.proposed, self.drafted, self.accepted, self.relaxed = (np.zeros(0, np.int64) for _ in range(4))
+        self.sources, self.groups = np.zeros((0, _SOURCES, 2), np.int64), np.zeros((0, _SOURCES), np.int64)
+        self.cells, self.expected = np.zeros((0, depth), np.int64), np.zeros((0, depth))
+
+    def add(self, id_: str, request: _Request, drafting: bool, rule: Relaxation | None, least: int, most: int) -> int:
+        """Gives a request a slot."""
+        if not self._free:
+            self._grow()
+        slot = self._free.pop()
+        self.slots[id_], self.about[slot] = slot, request
+        self.drafting[slot], self.min_tokens[slot], self.max_tokens[slot] = drafting, least, most
+        self.k[slot], self.min_prob[slot], self.margin[slot] = rule_numbers(rule)
+        self.version[slot] = -1
+        for counts in (self.proposed, self.drafted, self.accepted, self.relaxed):
+            counts[slot] = 0
+        return slot
+
+    def counts(self, id_: str) -> tuple[int, int, int]:
+        """Tokens drafted, accepted, and accepted only by the relaxed rule."""
+        slot = self.slots[id_]
+        return int(self.drafted[slot]), int(self.accepted[slot]), int(self.relaxed[slot])
+
+    def remove(self, id_: str) -> _Request:
+        """Frees a request's slot."""
+        slot = self.slots.pop(id_)
+        request, self.about[slot] = self.about[slot], None
+        self._free.append(slot)
+        assert request is not None
+        return request
+
+    def _grow(self) -> None:
+        size = len(self.about)
+        more = max(size, 256)
+        for name, array in vars(self).items():
+            if isinstance(array, np.ndarray):
+                setattr(self, name, np.concatenate([array, np.zeros((more, *array.shape[1:]), array.dtype)]))
+        self.about += [None] * more
+        self._free += range(size + more - 1, size - 1, -1)
 
 
 class RetrievalProposer:
@@ -66,24 +122,34 @@ class RetrievalProposer:
         settings = vllm_config.additional_config[options.SETTINGS_KEY]
         self.config = DecodingConfig.model_validate(settings["config"])
         self.limits = DraftLimits(**settings["limits"])
-        self.pools = Pools(self.config.pools, settings["identity"], self.limits)
+        self.pools = Pools(self.limits)
         self.rates = AcceptanceRates(2 * len(CLASSES))
         self.counts: Counter[str] = Counter()
         self.retrieval_s = 0.0
-        self.scheduled: dict[str, int] = {}  # drafts verified in this step, by request; set by the worker
-        self.requests: dict[str, RequestState] = {}
+        self.requests = Requests(self.limits.max_draft)
         self.max_model_len: int = vllm_config.model_config.max_model_len
         self.controller: Controller | None = None
+        self._texts: str | None = settings["texts"]
+        self._model_config = vllm_config.model_config
         self._runner: Any = None
         self._verifier: Any = None
+        self._scheduled: np.ndarray | None = None  # drafts verified in this step, by row
+        self._rows: np.ndarray | None = None  # the slot of each row of this step
+        self._ends = np.zeros(0, np.int32)  # tokens that end the text of some request
 
     def load_model(self, target_model: Any) -> None:
-        """vLLM's CPU runner calls this unconditionally. There is no draft model; it compiles the kernels so that no
-        request waits."""
+        """vLLM's CPU runner calls this unconditionally. There is no draft model; it reads the texts to draft from and
+        compiles the kernels, so no request waits. Raises DecodingError if the texts cannot be read."""
+        if self._texts is not None:
+            from vllm.tokenizers import cached_tokenizer_from_config
+
+            texts, tokenizer = read_texts(self._texts), cached_tokenizer_from_config(self._model_config)
+            for name, pool in build_pools(texts, tokenizer).items():
+                self.pools.open(name, pool)
         search_set, live = SearchSet(), LivePool(1 << 10)
         live.insert([1, 2, 3, 1, 2])
-        texts = [(SEALED, search_set.add_sealed(build_pool([[1, 2, 3, 1, 2]])))]
-        texts += [
+        texts_ = [(SEALED, search_set.add_sealed(build_pool([[1, 2, 3, 1, 2]])))]
+        texts_ += [
             (LIVE, search_set.add_live(live)),
             (TEXT, search_set.add_text(np.array([1, 2, 3], np.int32))),
             (CONTEXT, 0),
@@ -94,27 +160,38 @@ class RetrievalProposer:
             np.full(1, 4),
             np.ones(1, np.int64),
             np.full(1, 2),
-            np.array([texts]),
-            np.zeros((1, len(texts)), np.int64),
+            np.array([texts_]),
+            np.zeros((1, len(texts_)), np.int64),
             search_set,
             self.rates.factors,
             depth=self.limits.max_draft,
             floor=0.5,
         )
-        search_set.renew_live(texts[1][1], live)
+        search_set.renew_live(texts_[1][1], live)
+        self.rates.observe(*(np.zeros((0, 1), kind) for kind in (np.int64, np.float64)), *[np.zeros(0, np.int64)] * 2)
 
     def bind(self, runner: Any, verifier: Any, controller: Controller) -> None:
         """Connects the runner's requests, the verifier's verdicts, and the controller built from measured
         step times."""
         self._runner, self._verifier, self.controller = runner, verifier, controller
 
-    def state(self, request_id: str) -> RequestState:
-        """The decoder's state of a request in the runner, created at its first step."""
-        if request_id not in self.requests:
-            params = self._runner.requests[request_id].sampling_params
-            extra = (params.extra_args or {}) if params is not None else {}
-            self.requests[request_id] = self._new_state(extra, params)
-        return self.requests[request_id]
+    def begin_step(self, scheduled: Mapping[str, int]) -> None:
+        """Before a step's forward pass. scheduled: drafts that it verifies, by request."""
+        self._scheduled, self._rows = None, None
+        if scheduled:
+            rows, known = self.rows(), self.requests
+            self._scheduled = np.array([scheduled.get(i, 0) for i in self._runner.input_batch.req_ids], np.int64)
+            k = np.where(known.relaxed[rows] < MAX_RELAXED, known.k[rows], 1)
+            ends = known.ends[rows] & (self._scheduled == known.proposed[rows])
+            self._verifier.rules = RowRules(k, known.min_prob[rows], known.margin[rows], ends)
+
+    def rows(self) -> np.ndarray:
+        """The slot of each row of this step, int64 [rows]."""
+        if self._rows is None:
+            slots = self.requests.slots
+            ids = self._runner.input_batch.req_ids
+            self._rows = np.array([slots[i] if i in slots else self._add(i) for i in ids], np.int64)
+        return self._rows
 
     def propose(
         self,
@@ -132,54 +209,55 @@ class RetrievalProposer:
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         if self._runner is None or self.controller is None:
             return drafts
-        self._settle(sampled_token_ids)
-        rows = [i for i, new in enumerate(sampled_token_ids) if new]
+        emitted = np.array([len(tokens) for tokens in sampled_token_ids], np.int64)
+        ended = self._settle(emitted)
+        rows = np.flatnonzero(emitted)
         self.counts["steps"] += 1
-        self.counts["tokens"] += sum(len(sampled_token_ids[i]) for i in rows)
+        self.counts["tokens"] += int(emitted.sum()) - ended  # vLLM drops what follows an end
         self.counts["rows"] += len(rows)
-        if rows and self.controller.worth_searching(len(rows)):
-            states = [self.state(self._runner.input_batch.req_ids[i]) for i in rows]
-            proposals = self._search(np.array(rows), states, num_tokens_no_spec, token_ids_cpu)
-            self._propose(rows, states, proposals, drafts)
+        if len(rows) and self.controller.worth_searching(len(rows)):
+            proposals = self._search(rows, num_tokens_no_spec, token_ids_cpu)
+            self._propose(rows, proposals, drafts)
         self.retrieval_s += time.perf_counter() - start
         return drafts
 
     def finish(self, request_id: str, prompt: Sequence[int], output: Sequence[int], ends: set[int]) -> None:
-        """Forgets a request; its text, cut at the first of the end tokens `ends`, goes to the live tier of its first
-        pool."""
-        state = self.requests.pop(request_id, None)
-        if state is None:
+        """Forgets a request; its text, cut at the first of the end tokens `ends`, goes to the live tier of its last
+        pool, the widest."""
+        if request_id not in self.requests.slots:
             return
-        if state.text_place is not None:
-            self.pools.search_set.remove(TEXT, state.text_place)
-        if output and not state.relaxed:  # otherwise errors would accumulate
+        relaxed = self.requests.counts(request_id)[2]
+        request = self.requests.remove(request_id)
+        if request.place is not None:
+            self.pools.search_set.remove(TEXT, request.place)
+        if output and not relaxed:  # otherwise errors would accumulate
             cut = next((i + 1 for i, token in enumerate(output) if token in ends), len(output))
-            name = state.pools[0] if state.pools else DEFAULT_POOL
+            name = next((name for name in reversed(request.pools) if self.pools.known(name)), DEFAULT_POOL)
             self.pools.insert(name, [*prompt[-options.LEAD_TOKENS :], *output[:cut]])
 
-    def _settle(self, sampled_token_ids: list[list[int]]) -> None:
-        """Applies the verifier's verdict on the drafts of this step."""
-        cells, chances, fates = [], [], []
-        for row, request_id in enumerate(self._runner.input_batch.req_ids if self.scheduled else ()):
-            scheduled, state = self.scheduled.get(request_id), self.state(request_id)
-            if not scheduled or state.proposed is None or not sampled_token_ids[row]:
-                continue  # without drafts, or padded with -1 by vLLM on admission
-            accepted = len(sampled_token_ids[row]) - 1
-            relaxed = int(self._verifier.verdict.relaxed[row])
-            state.drafted += scheduled
-            state.accepted += accepted
-            state.relaxed += relaxed
-            self.counts.update(drafted=scheduled, accepted=accepted, relaxed=relaxed)
-            cell, expected = state.proposed
-            seen = min(accepted + 1, scheduled, len(cell))
-            cells.append(cell[:seen])
-            chances.append(expected[:seen])
-            fates.append(np.arange(seen) < accepted)
-            state.proposed = None
-        if cells:
-            self.rates.observe(np.concatenate(cells), np.concatenate(chances), np.concatenate(fates))
+    def _settle(self, emitted: np.ndarray) -> int:
+        """Applies the verifier's verdict on the drafts of this step; returns how many of them ended a text."""
+        scheduled = self._scheduled
+        if scheduled is None:
+            return 0
+        known, slots = self.requests, self.rows()
+        # Without drafts, or padded with -1 by vLLM on admission: nothing of ours.
+        judged = np.flatnonzero((scheduled > 0) & (known.proposed[slots] > 0) & (emitted > 0))
+        slot, drafted, accepted = slots[judged], scheduled[judged], emitted[judged] - 1
+        relaxed = self._verifier.verdict.relaxed[judged]
+        known.drafted[slot] += drafted
+        known.accepted[slot] += accepted
+        known.relaxed[slot] += relaxed
+        self.counts.update(drafted=int(drafted.sum()), accepted=int(accepted.sum()), relaxed=int(relaxed.sum()))
+        seen = np.minimum(np.minimum(accepted + 1, drafted), known.proposed[slot])
+        self.rates.observe(known.cells[slot], known.expected[slot], seen, accepted)
+        ended = known.ends[slot] & (accepted == known.proposed[slot])
+        known.proposed[slots] = 0
+        return int(ended.sum())
 
-    def _new_state(self, extra: Mapping[str, Any], params: Any) -> RequestState:
+    def _add(self, request_id: str) -> int:
+        params = self._runner.requests[request_id].sampling_params
+        extra = (params.extra_args or {}) if params is not None else {}
         mode = extra.get(options.MODE, self.config.mode)
         rule = None
         if mode == "relaxed":
@@ -194,49 +272,43 @@ class RetrievalProposer:
                 self.counts["bad_rules"] += 1
                 _log.warning("a request's relaxed rule is invalid, using strict verification: %s", error)
         named = [str(name) for name in _as_list(extra.get(options.POOLS))][:_MAX_NAMED]
-        known = [name for name in named if self.pools.known(name)]
-        self.counts["unknown_pools"] += len(named) - len(known)
+        pools = [name for name in named if self.pools.known(name)]
+        self.counts["unknown_pools"] += len(named) - len(pools)
         document = extra.get(options.DOCUMENT)
-        if not isinstance(document, int):
-            document = None
+        ends = set(params.all_stop_token_ids) if params is not None else set()
+        if len(self._ends) < _MAX_ENDS and not ends <= set(self._ends.tolist()):
+            self._ends = np.union1d(self._ends, np.array(list(ends), np.int32))
+        request = _Request(pools, document if isinstance(document, int) else None, ends)
         least = params.min_tokens if params is not None else 0
         most = params.max_tokens if params is not None and params.max_tokens else self.max_model_len
-        return RequestState(rule, mode != "off", least, most, known, document)
+        return self.requests.add(request_id, request, mode != "off", rule, least, most)
 
-    def _refresh_sources(self, state: RequestState) -> None:
-        """Looks up the places of the request's pools, again only after a pool was opened or closed."""
-        sources: list[tuple[int, int]] = []
-        classes: list[int] = []
-        for name in [*state.pools, *([] if DEFAULT_POOL in state.pools else [DEFAULT_POOL])]:
-            tiers = self.pools.sources(name)
-            sources += tiers
-            classes += [CLASSES.index("named" if name in state.pools else "default")] * len(tiers)
-        if state.text_place is None and state.document is not None:
-            self._add_document(state)
-        if state.text_place is not None:
-            sources, classes = [(TEXT, state.text_place), *sources], [CLASSES.index("own"), *classes]
-        sources.append((CONTEXT, 0))
-        classes.append(CLASSES.index("context"))
-        padding = _SOURCES - len(sources)
-        state.sources = np.array([*sources, *[(NOTHING, 0)] * padding], np.int64)
-        state.classes = np.array([*classes, *[0] * padding], np.int64)
-        state.version = self.pools.version
+    def _find_sources(self, slot: int) -> None:
+        """Looks up the places of a request's pools, again only after pools have changed."""
+        known, request = self.requests, self.requests.about[slot]
+        assert request is not None
+        if request.place is None and request.document is not None:
+            text = self.pools.document(request.pools, request.document)
+            request.place = self.pools.search_set.add_text(text) if len(text) else None
+            request.document = None
+        sources = [(TEXT, request.place, "own")] if request.place is not None else []
+        for name in dict.fromkeys([*request.pools, DEFAULT_POOL]):
+            for kind, place in self.pools.sources(name):
+                of = "live" if kind == LIVE else "default" if name == DEFAULT_POOL else "named"
+                sources.append((kind, place, of))
+        sources.append((CONTEXT, 0, "context"))
+        known.sources[slot] = NOTHING
+        relaxed = len(CLASSES) if known.k[slot] > 1 else 0
+        for at, (kind, place, of) in enumerate(sources):
+            known.sources[slot, at] = kind, place
+            known.groups[slot, at] = CLASSES.index(of) + relaxed
+        known.version[slot] = self.pools.version
 
-    def _add_document(self, state: RequestState) -> None:
-        for name in state.pools:
-            pool = self.pools.open(name)
-            text = pool.document(state.document or 0) if pool is not None else np.zeros(0, np.int32)
-            if len(text):
-                state.text_place = self.pools.search_set.add_text(np.asarray(text))
-                return
-        state.document = None
-
-    def _search(self, rows: np.ndarray, states: list[RequestState], lengths: np.ndarray, tokens: np.ndarray) -> Drafts:
+    def _search(self, rows: np.ndarray, lengths: np.ndarray, tokens: np.ndarray) -> Drafts:
         assert self.controller is not None
-        for state in states:
-            if state.version != self.pools.version:
-                self._refresh_sources(state)
-        drafting = np.array([s.drafting for s in states])
+        known, slots = self.requests, self.rows()[rows]
+        for at in np.flatnonzero(known.version[slots] != self.pools.version):
+            self._find_sources(int(slots[at]))
         n = lengths[rows].astype(np.int64)
         # vLLM also counts the token sampled after the drafts: beyond this a row would exceed the model's context.
         room = self.max_model_len - n - 1
@@ -244,26 +316,36 @@ class RetrievalProposer:
         # (rejection_sampler.py:144), so drafts end at min_tokens.
         prompts = self._runner.input_batch.num_prompt_tokens[rows].astype(np.int64)
         written = n - prompts
-        missing = np.array([s.min_tokens for s in states]) - written
+        missing = known.min_tokens[slots] - written
         room = np.where(missing > 0, np.minimum(room, missing - 1), room)
-        room = np.minimum(room, np.array([s.max_tokens for s in states]) - written - 1)
-        limits = np.where(drafting, np.clip(room, 0, self.limits.max_draft), 0)
-        relaxed = np.array([s.rule is not None for s in states], np.int64) * len(CLASSES)
-        groups = np.stack([s.classes for s in states]) + relaxed[:, None]
-        sources = np.stack([s.sources for s in states])
-        floor = self.controller.floor(len(rows))
-        depth = self.limits.max_draft
+        room = np.minimum(room, known.max_tokens[slots] - written - 1)
+        limits = np.where(known.drafting[slots], np.clip(room, 0, self.limits.max_draft), 0)
+        sources, groups = known.sources[slots], known.groups[slots]
+        floor, depth = self.controller.floor(len(rows)), self.limits.max_draft
         places, factors = self.pools.search_set, self.rates.factors
-        return draft_rows(tokens, rows, n, prompts, limits, sources, groups, places, factors, depth=depth, floor=floor)
+        return draft_rows(
+            tokens, rows, n, prompts, limits, sources, groups, places, factors, self._ends, depth=depth, floor=floor
+        )
 
-    def _propose(self, rows: list[int], states: list[RequestState], proposals: Drafts, drafts: list[list[int]]) -> None:
+    def _propose(self, rows: np.ndarray, proposals: Drafts, drafts: list[list[int]]) -> None:
         assert self.controller is not None
+        known, slots = self.requests, self.rows()
         shares = self.controller.allocate(proposals.chance, proposals.count)
-        for at in np.flatnonzero(shares):
-            state, share = states[at], int(shares[at])
-            drafts[rows[at]] = proposals.tokens[at, :share].tolist()
-            state.proposed = (proposals.cell[at, :share], proposals.expected[at, :share])
-            self.counts[f"hits_{CLASSES[int(proposals.cell[at, 0]) // CELLS % len(CLASSES)]}"] += 1
+        offered = np.flatnonzero(shares)
+        tokens, share = proposals.tokens[offered].tolist(), shares[offered].tolist()
+        for row, of_row, n in zip(rows[offered].tolist(), tokens, share, strict=True):
+            drafts[row] = of_row[:n]
+        slot = slots[rows[offered]]
+        last = proposals.tokens[offered, shares[offered] - 1]
+        known.ends[slot] = False
+        for at in np.flatnonzero(np.isin(last, self._ends)):
+            request = known.about[int(slot[at])]
+            assert request is not None
+            known.ends[slot[at]] = int(last[at]) in request.ends
+        known.proposed[slot] = shares[offered]
+        known.cells[slot], known.expected[slot] = proposals.cell[offered], proposals.expected[offered]
+        hits = np.bincount(proposals.cell[offered, 0] // CELLS % len(CLASSES), minlength=len(CLASSES))
+        self.counts.update({f"hits_{of}": int(n) for of, n in zip(CLASSES, hits, strict=True) if n})
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -360,6 +442,7 @@ class RetrievalWorker(_Base):
         self._finished: OrderedDict[str, tuple[int, int, int]] = OrderedDict()
         self._step: _Step | None = None  # the last one, if it computed anything
         self._ended = 0.0
+        self._scheduled: dict[str, int] = {}  # drafts verified in this step, by request
         self._by_rows: dict[int, StepSums] = {}
 
     def compile_or_warm_up_model(self) -> Any:
@@ -379,14 +462,12 @@ class RetrievalWorker(_Base):
         self._step = _describe(scheduler_output, now)
         self._tokens_before = self.proposer.counts["tokens"]
         # vLLM pads requests with -1 on admission or resume (v1/core/sched/scheduler.py:1130): these are not our drafts.
-        self.proposer.scheduled = {i: len(tokens) for i, tokens in verified.items() if tokens[0] >= 0}
+        self._scheduled = {i: len(tokens) for i, tokens in verified.items() if tokens[0] >= 0}
         return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Verifies a step and drafts for the next one."""
-        if self.proposer.scheduled:
-            ids = self.model_runner.input_batch.req_ids
-            self.verifier.rules = [self.proposer.state(i).rule for i in ids]
+        self.proposer.begin_step(self._scheduled)
         output = super().sample_tokens(grammar_output)
         self._ended = time.perf_counter()
         return output
@@ -397,15 +478,23 @@ class RetrievalWorker(_Base):
 
         Call it when a request ends or soon after: only the counts of the last few thousand are kept.
         """
-        running = {_given_id(i): (s.drafted, s.accepted, s.relaxed) for i, s in self.proposer.requests.items()}
-        return {i: running.get(i) or self._finished.get(i, (0, 0, 0)) for i in ids}
+        requests = self.proposer.requests
+        running = {given: i for i in requests.slots if (given := _given_id(i)) in set(ids)}
+        return {i: requests.counts(running[i]) if i in running else self._finished.get(i, (0, 0, 0)) for i in ids}
+
+    def owlrec_open_pool(self, name: str, arrays: list[bytes]) -> None:
+        """A call: gives requests that name it a pool. arrays: SealedPool.to_bytes."""
+        self.proposer.pools.open(name, SealedPool.from_bytes(arrays))
+
+    def owlrec_close_pool(self, name: str) -> None:
+        """A call: drops a pool that no request names any more."""
+        self.proposer.pools.close(name)
 
     def owlrec_counters(self) -> str:
         """A call: the DecoderCounters since the start, as JSON."""
         proposer = self.proposer
         counts: dict[str, float] = {
             **proposer.counts,
-            **{f"pools_{name}": n for name, n in proposer.pools.counts.items()},
             **{f"tokens_{tier}": n for tier, n in proposer.pools.tokens().items()},
             **{f"yardstick_{name}": n for name, n in self._yardstick().items()},
             "retrieval_s": proposer.retrieval_s,
@@ -414,10 +503,9 @@ class RetrievalWorker(_Base):
         return DecoderCounters(counts=counts, by_rows=self._by_rows).model_dump_json()
 
     def _on_request_removed(self, req_id: str, req_state: Any) -> None:
-        state = self.proposer.requests.get(req_id)
-        if state is None or req_state is None:
+        if req_id not in self.proposer.requests.slots or req_state is None:
             return
-        self._finished[_given_id(req_id)] = (state.drafted, state.accepted, state.relaxed)
+        self._finished[_given_id(req_id)] = self.proposer.requests.counts(req_id)
         while len(self._finished) > _KEPT_COUNTS:
             self._finished.popitem(last=False)
         params = req_state.sampling_params
@@ -461,7 +549,8 @@ class RetrievalWorker(_Base):
                 runner._sync_device()
                 best = min(best, time.perf_counter() - start)
             seconds.append(best)
-            if len(seconds) > 1 and time.perf_counter() - began > _MEASURING_S:
+            # The first rank decides, since a rank that left alone would wait for the others in the next step.
+            if get_tp_group().broadcast_object(len(seconds) > 1 and time.perf_counter() - began > _MEASURING_S, src=0):
                 break
         return StepTimes(tokens[: len(seconds)], seconds)
 
@@ -470,3 +559,16 @@ def _given_id(request_id: str) -> str:
     """The caller's id: vLLM appends a dash and eight random characters
     (v1/engine/input_processor.py:354)."""
     return request_id.rsplit("-", 1)[0]
+
+
+def __getattr__(name: str) -> Any:
+    """The worker classes, which vLLM asks for by name: each base can be imported only in its own build of vLLM."""
+    if name == "RetrievalCpuWorker":
+        from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+    elif name == "RetrievalGpuWorker":
+        from vllm.v1.worker.gpu_worker import Worker
+    else:
+        raise AttributeError(name)
+    worker = type(name, (RetrievalWorker, Worker), {"__module__": __name__})
+    globals()[name] = worker
+    return worker

@@ -1,21 +1,13 @@
-"""Index for draft lookups: sealed documents as suffix trees, live ones as hashed contexts, in kernels
+"""Index for draft lookups: given texts as suffix trees, just finished ones as hashed contexts, in kernels
 compiled by numba.
 """
 
-import json
-import os
-import shutil
-import uuid
-import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numba  # type: ignore[import-untyped]
 import numpy as np
 from llvmlite.binding import ffi  # type: ignore[import-untyped]
-
-from owlrec_decoding.options import DecodingError
 
 # ------------------------------------------------------------------------------------------------------------- compiled
 # The only use of numba: kernels of this package are compiled, cached on disk, and run without the GIL.
@@ -61,32 +53,32 @@ def typed_list(arrays: list[Any]) -> Any:
 
 
 # --------------------------------------------------------------------------------------------------------------- sealed
-# The sealed tier of a retrieval pool: token sequences and a suffix tree over them, memory-mapped and immutable.
+# The sealed tier of a retrieval pool: token sequences and a suffix tree over them, in memory and immutable.
 #
-# The tree is that of the texts read *backwards* from each position, because a query starts from the end of a context:
+# The tree orders positions by the text before them read *backwards*, because a query starts from the end of a context:
 # one binary search finds the longest end of the context that occurs (REST, NAACL 2024, keeps forward order and needs
-# one search for each match length). Each node holds the likeliest token after its occurrences and its chance, blended
+# one search per match length). Each node holds the most likely token after its occurrences and its chance, blended
 # from all shorter contexts by absolute discounting (interpolated Kneser-Ney with raw counts; PPM does the same), so
-# that a draft reads one node per token. Keys are compared to `DEPTH` tokens, which bounds building to five sorts: a
-# match of 32 tokens is as good as a longer one. At most 34 bytes per token, 26 for texts: 4 of text, 4 of order, 4 of
-# ranks, 8 for each leaf, 16 for each inner node.
+# a draft reads one node per token. Keys are compared up to `DEPTH` tokens, which limits building to five sorts: a
+# match of 32 tokens is as good as a longer one. At most 34 bytes per token, 26 for texts: 4 for the text, 4 for the
+# order, 4 for ranks, 8 per leaf, 16 per inner node.
 
 
 DEPTH = 32
 NAMELESS = -1  # the id of a document without lookups by id
 BORDER = -1  # between documents, so no match crosses from one to the next
-_FORMAT = 2
-_ARRAYS = ("tokens", "order", "rank", "leaf", "nodes", "chance", "documents")
+# Arrays of a sealed pool, with type and trailing shape.
+_ARRAYS: dict[str, tuple[type, tuple[int, ...]]] = {
+    "tokens": (np.int32, ()),
+    "order": (np.int32, ()),
+    "rank": (np.int32, ()),
+    "leaf": (np.int32, ()),
+    "nodes": (np.int32, (3,)),
+    "chance": (np.float32, ()),
+    "documents": (np.int64, (3,)),
+}
 _MAX_TOKENS = 2**31 - 1
 _DISCOUNT = 0.8  # of each count, left to shorter contexts; .7 to .9 change tokens per step by less than 1 %
-
-
-class PoolError(DecodingError):
-    """A retrieval pool cannot be used: written for another model, in another format, or damaged."""
-
-
-class CorruptPool(PoolError):
-    """A pool's files do not match its manifest."""
 
 
 class SealedPool:
@@ -122,42 +114,24 @@ class SealedPool:
         start, end = self.documents[at, 1:]
         return self.tokens[start:end]
 
-    def save(self, folder: str | os.PathLike[str], identity: str) -> None:
-        """Writes the pool to `folder`, replacing any earlier one atomically for readers.
+    def to_bytes(self) -> list[bytes]:
+        """Its arrays, for another process."""
+        return [np.ascontiguousarray(getattr(self, name)).tobytes() for name in _ARRAYS]
 
-        identity: the model and tokenizer of these token ids; `open_pool` refuses any other.
-        """
-        target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
-        temporary.mkdir()
-        files = {}
-        for name in _ARRAYS:
-            np.save(temporary / f"{name}.npy", getattr(self, name))
-            files[name] = _checksum(temporary / f"{name}.npy")
-        manifest = {
-            "format": _FORMAT,
-            "identity": identity,
-            "depth": DEPTH,
-            "tokens": len(self.tokens),
-            "documents": len(self.documents),
-            "crc32": files,
-        }
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        if target.exists():
-            # Readers that have mapped the old files keep them: the inodes live until they close.
-            retired = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.old"
-            target.rename(retired)
-            temporary.rename(target)
-            shutil.rmtree(retired)
-        else:
-            temporary.rename(target)
+    @classmethod
+    def from_bytes(cls, arrays: Sequence[bytes]) -> "SealedPool":
+        """The pool whose `to_bytes` these are."""
+        shaped = zip(arrays, _ARRAYS.values(), strict=True)
+        return cls(*(np.frombuffer(data, kind).reshape(-1, *shape).copy() for data, (kind, shape) in shaped))
 
 
-def build_pool(sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[int] | None = None) -> SealedPool:
+def build_pool(
+    sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[int] | None = None, *, searchable: bool = True
+) -> SealedPool:
     """Sorts token sequences into a sealed pool, at about a second per million tokens.
 
-    ids: one per sequence (user or item ids), for `SealedPool.document`; None if all are NAMELESS.
+    ids: one per sequence (user or item ids), for `SealedPool.document`; None if all are NAMELESS. searchable: otherwise
+    there is no tree, and only documents can be looked up by id.
     Raises ValueError for a negative token id, duplicate ids, or more than 2^31 tokens.
     """
     parts = [np.asarray(s, dtype=np.int32) for s in sequences]
@@ -165,7 +139,7 @@ def build_pool(sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[in
     ends = np.cumsum(lengths + 1) - 1
     n = int(ends[-1] + 1) if len(parts) else 0
     if n > _MAX_TOKENS:
-        raise ValueError(f"a sealed pool holds at most {_MAX_TOKENS} tokens, not {n}: split the cohort")
+        raise ValueError(f"a sealed pool holds at most {_MAX_TOKENS} tokens, not {n}: leave some out")
     tokens = np.full(n, BORDER, dtype=np.int32)
     for part, end in zip(parts, ends, strict=True):
         if len(part) and part.min() < 0:
@@ -179,40 +153,10 @@ def build_pool(sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[in
             f"{len(np.unique(named))} of them distinct"
         )
     documents = np.stack([names, ends - lengths, ends], axis=1) if len(parts) else np.zeros((0, 3), dtype=np.int64)
-    return _grow(tokens, documents[np.argsort(documents[:, 0], kind="stable")])
-
-
-def open_pool(folder: str | os.PathLike[str], identity: str) -> SealedPool:
-    """Maps a saved pool into memory after checking every file's CRC-32.
-
-    Raises CorruptPool if a file is missing or differs from the manifest, and PoolError if the pool belongs to another
-    model or tokenizer than `identity`.
-    """
-    folder = Path(folder)
-    manifest = _read_manifest(folder)
-    if manifest.get("format") != _FORMAT or manifest.get("depth") != DEPTH:
-        raise CorruptPool(
-            f"pool {folder}: format {manifest.get('format')} is not the expected {_FORMAT}. Build the pool again."
-        )
-    if manifest.get("identity") != identity:
-        raise PoolError(
-            f"pool {folder} holds tokens of {manifest.get('identity')}, but the engine runs {identity}. "
-            f"Build the pool again with this model, or point decoding.pools at another folder."
-        )
-    return SealedPool(*(_map_checked(folder, name, manifest) for name in _ARRAYS))
-
-
-def rebuild_pool(folder: str | os.PathLike[str]) -> SealedPool:
-    """Sorts a damaged pool again from its tokens, if those and its documents are intact. Raises CorruptPool
-    otherwise."""
-    folder = Path(folder)
-    manifest = _read_manifest(folder)
-    tokens = np.array(_map_checked(folder, "tokens", manifest))
-    documents = np.array(_map_checked(folder, "documents", manifest))
-    return _grow(tokens, documents)
-
-
-def _grow(tokens: np.ndarray, documents: np.ndarray) -> SealedPool:
+    documents = documents[np.argsort(documents[:, 0], kind="stable")]
+    if not searchable:
+        none = np.zeros(0, np.int32)
+        return SealedPool(tokens, none, none, none, np.zeros((0, 3), np.int32), np.zeros(0, np.float32), documents)
     order = _sort_backwards(tokens)
     rank = np.full(len(tokens), -1, dtype=np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
@@ -220,35 +164,6 @@ def _grow(tokens: np.ndarray, documents: np.ndarray) -> SealedPool:
     names, followers = np.unique(tokens[order], return_inverse=True)
     chance = _count_followers(order, followers.astype(np.int32), len(names), leaf, spans, nodes)
     return SealedPool(tokens, order, rank, leaf, nodes, chance, documents)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-        return manifest
-    except (OSError, ValueError) as error:
-        raise CorruptPool(f"pool {folder}: manifest.json cannot be read ({error}). Build the pool again.") from None
-
-
-def _map_checked(folder: Path, name: str, manifest: dict[str, Any]) -> np.ndarray:
-    file = folder / f"{name}.npy"
-    try:
-        if _checksum(file) != manifest["crc32"][name]:
-            raise CorruptPool(f"pool {folder}: {file.name} differs from its checksum. Build the pool again.")
-        # Copy-on-write, although nothing writes: kernels treat writable and read-only arrays as two types and compile
-        # for each.
-        array: np.ndarray = np.load(file, mmap_mode="c", allow_pickle=False)
-        return array.view(np.ndarray)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptPool(f"pool {folder}: {file.name} cannot be read ({error}). Build the pool again.") from None
-
-
-def _checksum(file: Path) -> int:
-    crc = 0
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 def _sort_backwards(tokens: np.ndarray) -> np.ndarray:

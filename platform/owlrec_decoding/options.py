@@ -5,20 +5,21 @@ dotted names in every process that it starts, so nothing is registered. A reques
 `SamplingParams.extra_args` (over HTTP: `vllm_xargs`), with the keys of `request_arguments`.
 """
 
+import atexit
 import difflib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 VLLM_VERSION = "0.32.0"  # the version whose internals the decoder uses
-# Of a published pool: 260 MB, on disk and mapped by every engine. Beyond it the newest texts stay.
-POOL_TOKENS = 10**7
 LEAD_TOKENS = 8  # of the prompt, kept before a text in a pool, so an answer's first tokens can be drafted
 DEFAULT_POOL = "default"  # for requests without a pool, or with a missing one
 SETTINGS_KEY = "owlrec_decoding"  # in vLLM's additional_config
@@ -28,7 +29,7 @@ POOLS, DOCUMENT, MODE, K, MIN_PROB, MARGIN = (
 
 
 class DecodingError(Exception):
-    """The decoder cannot be used as it is set up: a wrong setting, or pools that are missing or of another model."""
+    """The decoder cannot be used as it is set up: a wrong setting, or texts that cannot be read."""
 
 
 class VllmError(DecodingError):
@@ -56,9 +57,6 @@ class DecodingConfig(_Settings):
     mode: Literal["off", "strict", "relaxed"] = "off"
     # Of the relaxed rule, see Relaxation: what it gives away for speed. Its `k` is 2 unless a request says otherwise.
     min_prob: float = Field(0.1, ge=0, lt=1)
-    # Folder of sealed pools, one subfolder each. None = those published with the current release in a run; otherwise
-    # none.
-    pools: str | None = None
 
     @property
     def relaxation(self) -> Relaxation:
@@ -74,83 +72,93 @@ class DraftLimits:
     # Tokens per row and step. Replays of SmolLM2-135M's texts gain 20 % from 8 to 16 at batch 1, 3 % beyond; the
     # controller limits the rest. At most 64.
     max_draft: int = 16
-    max_open_pools: int = 256  # mapped at once; the least recently used is closed first
     # Finished texts become drafts for later ones of the same pool at once. Tokens of live text per pool (36-72 bytes
     # each); 0 = none.
     live_tokens: int = 1 << 18
-    max_live_pools: int = 64
 
 
 def drafting(
-    pools: str | PathLike[str] | None = None,
+    texts: Any = None,
     mode: Literal["strict", "relaxed", "off"] = "strict",
-    *,
-    model: str | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Keyword arguments that enable the decoder in a `vllm.LLM`: `LLM(name, **drafting(...))`.
+    """Keyword arguments that enable the decoder in a `vllm.LLM`: `LLM(name, **drafting("answers.csv"))`.
 
-    pools: a folder of pools to draft from (`owlrec_decoding.pools.write_pool`); without one, finished texts serve as
-    drafts for later ones. mode: strict changes no answer; relaxed accepts more drafts by DARE's rule (`min_prob`).
-    model: the LLM's model, if the pools do not name it; pools of another model are refused. settings: more fields of
-    DecodingConfig. Requests name their pools: `SamplingParams(extra_args=request_arguments(["item"]))`. Raises
-    DecodingError for an unknown setting or unusable pools, and VllmError if vLLM is missing or has another version
-    than the decoder supports.
+    texts: what to draft from: a CSV, JSON lines or Parquet file, a pandas or Arrow table, or a sequence of texts. A
+    table has a column `text` and, optionally, `pool` (requests name theirs; "default" serves all) and `id` (an integer:
+    a request's own earlier text). Without texts, finished answers serve as drafts for later ones. mode: strict changes
+    no answer; relaxed accepts more drafts by DARE's rule (`min_prob`). settings: more fields of DecodingConfig.
+    Requests name their pools: `SamplingParams(extra_args=request_arguments(["item"], document=7))`. Raises
+    DecodingError for an unknown setting or a missing file, and VllmError if vLLM is missing or has another version than
+    the decoder supports.
     """
-    folder = None if pools is None else str(Path(pools).expanduser())
-    identity = None if folder is None else pools_identity(Path(folder))
-    if identity and model and identity != model:
-        raise DecodingError(f"pools: {folder} holds tokens of {identity}, not of {model}. Name pools of this model.")
     for name in settings:
         if name not in DecodingConfig.model_fields:
             near = difflib.get_close_matches(name, DecodingConfig.model_fields, n=1)
             hint = f"Did you mean '{near[0]}'?" if near else f"Valid names: {', '.join(DecodingConfig.model_fields)}."
             raise DecodingError(f"there is no setting '{name}'. {hint}")
     try:
-        config = DecodingConfig.model_validate({**settings, "mode": mode, "pools": folder})
+        config = DecodingConfig.model_validate({**settings, "mode": mode})
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise DecodingError(f"{wrong}. Correct the setting.") from None
-    return engine_arguments(config, identity or model or "")
+    return engine_arguments(config, texts=None if texts is None or mode == "off" else _file_of(texts))
 
 
-def pools_identity(root: Path) -> str | None:
-    """Model of the pools under `root`; None if there are no readable ones."""
-    for manifest in sorted(root.glob("[!.]*/manifest.json")):
-        try:
-            return str(json.loads(manifest.read_text())["identity"])
-        except (ValueError, KeyError):
-            continue
-    return None
+def _file_of(texts: Any) -> str:
+    """The file of texts, which the engine's process reads; tables get a temporary one."""
+    if isinstance(texts, str | os.PathLike):
+        file = Path(texts).expanduser().absolute()
+        if not file.is_file():
+            raise DecodingError(f"texts: there is no file {file}.")
+        return str(file)
+    if hasattr(texts, "to_pylist"):
+        rows = texts.to_pylist()
+    elif hasattr(texts, "to_dict"):
+        rows = texts.to_dict("records")
+    else:
+        rows = list(texts) if isinstance(texts, Iterable) else [texts]
+    lines = [{"text": row} if isinstance(row, str) else row for row in rows]
+    if any(not isinstance(line, Mapping) or not isinstance(line.get("text"), str) for line in lines):
+        raise DecodingError("texts: pass a file, a table with a column `text`, or a sequence of texts.")
+    descriptor, name = tempfile.mkstemp(prefix="owlrec-texts-", suffix=".jsonl")
+    atexit.register(_remove, name)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file_:
+        for line in lines:
+            kept = {
+                key: line[key] for key in ("text", "id", "pool") if line.get(key) is not None and line[key] == line[key]
+            }  # no NaN
+            file_.write(json.dumps(kept, default=int) + "\n")
+    return name
+
+
+def _remove(name: str) -> None:
+    with suppress(OSError):
+        os.unlink(name)
 
 
 def engine_arguments(
-    config: DecodingConfig, identity: str, *, limits: DraftLimits | None = None, cpu: bool | None = None
+    config: DecodingConfig, *, texts: str | None = None, limits: DraftLimits | None = None, cpu: bool | None = None
 ) -> dict[str, Any]:
     """The vllm.EngineArgs that enable the decoder; empty for mode off.
 
-    identity: the model and tokenizer; pools of another are refused. limits: None = the defaults. cpu: whether
-    vLLM's CPU build runs; None = detect it. Raises DecodingError if the pools' folder does not
-    exist, and VllmError if vLLM is missing or has another version.
+    texts: a file to draft from (`owlrec_decoding.pools.read_texts`), which the engine reads when it starts. limits:
+    None = the defaults. cpu: whether vLLM's CPU build runs; None = detect it. Raises VllmError if vLLM is missing or
+    has another version.
     """
     if config.mode == "off":
         return {}
-    if config.pools is not None and not Path(config.pools).is_dir():
-        raise DecodingError(
-            f"decoding.pools: the folder {config.pools} does not exist. Publish a release with pools first, or "
-            "remove the key."
-        )
     if cpu is None:
         cpu = is_cpu_build()
     limits = limits or DraftLimits()
-    settings = {"config": config.model_dump(mode="json"), "limits": asdict(limits), "identity": identity}
+    settings = {"config": config.model_dump(mode="json"), "limits": asdict(limits), "texts": texts}
     return {
         "speculative_config": {
             "method": "custom_class",
             "model": "owlrec_decoding.drafter.RetrievalProposer",
             "num_speculative_tokens": limits.max_draft,
         },
-        "worker_cls": f"owlrec_decoding.{'cpu_worker.RetrievalCpuWorker' if cpu else 'gpu_worker.RetrievalGpuWorker'}",
+        "worker_cls": f"owlrec_decoding.drafter.Retrieval{'Cpu' if cpu else 'Gpu'}Worker",
         "additional_config": {SETTINGS_KEY: settings},
     }
 
@@ -178,8 +186,7 @@ def request_arguments(
     mode: Literal["off", "strict", "relaxed"] | None = None,
     relaxation: Relaxation | None = None,
 ) -> dict[str, Any]:
-    """A request's `extra_args`: the pools in search order, and the id of its own earlier text in one of
-    them.
+    """A request's `extra_args`: the pools in search order, and the id of its own earlier text in one of them.
 
     mode, relaxation: overrides of the engine's `decoding` section.
     """

@@ -1,19 +1,15 @@
 """The pools that drafts come from, and the search in them for a whole batch in one call.
 
-A request names its pools. Names also come over HTTP, so they are checked before they become paths. A missing pool
-is not an error, since a new cohort has none yet: the default pool is used, and the miss is counted. A damaged pool is
-rebuilt from its tokens if those are intact, or else renamed, and the job continues.
+A request names its pools. Names also come over HTTP. A missing pool is not an error, since a new kind has none yet: the
+default pool is used, and the miss is counted.
 """
 
-import contextlib
-import logging
-import re
-import shutil
-from collections import Counter, OrderedDict
+import csv
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,12 +17,11 @@ from owlrec_decoding.index import (
     BORDER,
     DEPTH,
     LIVE,
+    NAMELESS,
     NOTHING,
     SEALED,
     TEXT,
-    CorruptPool,
     LivePool,
-    PoolError,
     SealedPool,
     SearchSet,
     build_pool,
@@ -35,49 +30,76 @@ from owlrec_decoding.index import (
     match_live,
     match_sealed,
     match_text,
-    open_pool,
-    rebuild_pool,
 )
-from owlrec_decoding.options import DEFAULT_POOL, LEAD_TOKENS, DraftLimits
+from owlrec_decoding.options import DEFAULT_POOL, LEAD_TOKENS, DecodingError, DraftLimits
 
-# ---------------------------------------------------------------------------------------------------------------- pools
-# The pools of an engine: sealed ones on disk, mapped on use, and live ones fed by just finished
-# texts.
-
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]{0,127}")
-_log = logging.getLogger(__name__)
+# ---------------------------------------------------------------------------------------------------------------- texts
+# Texts as the engine's tokens: what pools are built from.
 
 
-def write_pool(
-    root: str | Path,
-    name: str,
-    sequences: Sequence[Sequence[int] | np.ndarray],
-    ids: Sequence[int] | None,
-    *,
-    identity: str,
-    max_tokens: int,
-) -> SealedPool:
-    """Seals one cohort's token sequences as pool `name` under `root`.
+POOL_TOKENS = 10**7  # of a file of texts: 260 MB in memory. Beyond it the last texts stay.
 
-    sequences: oldest first; the oldest are dropped if the total exceeds `max_tokens`. ids: see build_pool.
-    Raises ValueError for a name that requests could not use.
+
+class Text(NamedTuple):
+    """A text to draft from. id: for requests that name it as their own earlier text, None for none. pool: the pool
+    that requests name."""
+
+    text: str
+    id: int | None = None
+    pool: str = DEFAULT_POOL
+
+
+def read_texts(path: str | Path) -> list[Text]:
+    """The rows of a CSV, JSON lines or Parquet file with a column `text` and, optionally, `id` (integers) and `pool`.
+
+    Raises DecodingError if the file cannot be read, has another ending, or lacks the column.
     """
-    if not _NAME.fullmatch(name):
-        raise ValueError(
-            f"'{name}' is not a valid pool name: use up to 128 letters, digits and ._=+-, not starting with a dot"
-        )
-    first, room = len(sequences), max_tokens
-    while first and room >= len(sequences[first - 1]) + 1:
-        first -= 1
-        room -= len(sequences[first]) + 1
-    pool = build_pool(sequences[first:], None if ids is None else ids[first:])
-    pool.save(Path(root) / name, identity)
-    return pool
+    file = Path(path)
+    readers = {".csv": _read_csv, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
+    if file.suffix not in readers:
+        raise DecodingError(f"texts: {file} is not one of {', '.join(readers)}. Convert it, or pass a frame.")
+    try:
+        rows = readers[file.suffix](file)
+        return [
+            Text(
+                str(row["text"]),
+                int(row["id"]) if row.get("id") not in (None, "") else None,
+                str(row.get("pool") or DEFAULT_POOL),
+            )
+            for row in rows
+            if row["text"]
+        ]
+    except (OSError, ValueError) as error:
+        raise DecodingError(f"texts: {file} cannot be read ({error}).") from None
+    except KeyError as error:
+        raise DecodingError(f"texts: {file} has no column {error}. Name the column of texts so.") from None
+
+
+def _read_csv(file: Path) -> list[dict[str, Any]]:
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def _read_json_lines(file: Path) -> list[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def _read_parquet(file: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise DecodingError(f"texts: reading {file} needs pyarrow. Run: pip install pyarrow") from None
+    wanted = ("text", "id", "pool")
+    names = pyarrow.parquet.read_schema(file).names
+    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file, columns=[n for n in wanted if n in names]).to_pylist()
+    return rows
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:
-    """Tokens before an answer in the tokenizer's chat template, at most LEAD_TOKENS."""
+    """Tokens before an answer in the tokenizer's chat template, at most LEAD_TOKENS; none without a template."""
+    if not tokenizer.chat_template:
+        return []
     turn = [{"role": "user", "content": "x"}]
     closed, opened = (
         list(tokenizer.apply_chat_template(turn, add_generation_prompt=opened, tokenize=True, return_dict=False))
@@ -87,128 +109,101 @@ def opening_tokens(tokenizer: Any) -> list[int]:
     return opened[shared:][-LEAD_TOKENS:]
 
 
-def answer_tokens(tokenizer: Any, texts: Sequence[str], ended: Sequence[bool]) -> Iterator[np.ndarray]:
-    """Each text as the engine wrote it, int32 [n]: after its opening and, if it `ended` by itself, with the end
-    token."""
-    opening = opening_tokens(tokenizer)
-    for ids, done in zip(tokenizer(list(texts), add_special_tokens=False)["input_ids"], ended, strict=True):
-        yield np.array([*opening, *ids, *([tokenizer.eos_token_id] if done else [])], np.int32)
+def answer_tokens(tokenizer: Any, texts: Sequence[str]) -> Iterator[np.ndarray]:
+    """Each text as the engine writes it, int32 [n]: after its opening and with the end token."""
+    opening, end = opening_tokens(tokenizer), [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    if texts:
+        for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+            yield np.array([*opening, *ids, *end], np.int32)
+
+
+def build_pools(texts: Sequence[Text], tokenizer: Any, *, max_tokens: int = POOL_TOKENS) -> dict[str, SealedPool]:
+    """Pools by name. Of several texts with one pool and id the last counts; beyond max_tokens (of all pools) the first
+    texts are left out."""
+    last = {(t.pool, at if t.id is None else -1, t.id): t for at, t in enumerate(texts)}
+    rows, room = list(last.values()), max_tokens
+    tokens = list(answer_tokens(tokenizer, [row.text for row in rows]))
+    first = len(rows)
+    while first and room > len(tokens[first - 1]):
+        first -= 1
+        room -= len(tokens[first]) + 1
+    by_pool: dict[str, list[int]] = {}
+    for at in range(first, len(rows)):
+        by_pool.setdefault(rows[at].pool, []).append(at)
+    return {
+        name: build_pool(
+            [tokens[at] for at in members], [NAMELESS if (id_ := rows[at].id) is None else id_ for at in members]
+        )
+        for name, members in by_pool.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- pools
+# The pools of an engine: sealed ones, handed over as a whole, and live ones, to which finished texts are added.
 
 
 class Pools:
-    """Opens, closes and feeds pools, and tracks each one's place in the search set. `version` changes whenever a place
-    is freed."""
+    """Keeps the place of each pool in the search set. `version` changes whenever the sources of a request may have
+    changed."""
 
-    def __init__(self, root: str | None, identity: str, limits: DraftLimits | None = None) -> None:
-        """root: folder of sealed pools, None = none. identity: the running model and tokenizer. Raises
-        PoolError if the pools belong to others."""
-        self.root, self.identity, self.limits = root, identity, limits or DraftLimits()
+    def __init__(self, limits: DraftLimits | None = None) -> None:
+        self.limits = limits or DraftLimits()
         self.search_set, self.version = SearchSet(), 0
-        self.counts: Counter[str] = Counter()
-        self._sealed: OrderedDict[str, tuple[SealedPool, int]] = OrderedDict()
-        self._live: OrderedDict[str, tuple[LivePool, int]] = OrderedDict()
-        self._missing: set[str] = set()
-        self._refuse_foreign()
+        self._sealed: dict[str, tuple[SealedPool, int]] = {}
+        self._live: dict[str, tuple[LivePool, int]] = {}
 
-    def open(self, name: str) -> SealedPool | None:
-        """The sealed pool of that name, mapped; None if it is missing or belongs to another model."""
+    def open(self, name: str, pool: SealedPool) -> None:
+        """Makes a pool known to requests that name it, in place of an earlier one of that name."""
         if name in self._sealed:
-            self._sealed.move_to_end(name)
-            return self._sealed[name][0]
-        if self.root is None or name in self._missing or not _NAME.fullmatch(name):
-            return None
-        pool = self._load(Path(self.root) / name)
-        if pool is None:
-            self._missing.add(name)
-            return None
-        while len(self._sealed) >= self.limits.max_open_pools:
-            self._close(self._sealed, SEALED)
+            self.search_set.remove(SEALED, self._sealed[name][1])
         self._sealed[name] = (pool, self.search_set.add_sealed(pool))
-        return pool
+        self.version += 1
+
+    def close(self, name: str) -> None:
+        """Drops a pool with what was added to it; nothing if there is none."""
+        for tiers, kind in ((self._sealed, SEALED), (self._live, LIVE)):
+            if name in tiers:
+                self.search_set.remove(kind, tiers.pop(name)[1])
+                self.version += 1
+
+    def known(self, name: str) -> bool:
+        """Whether there is a pool of that name."""
+        return name in self._sealed or name == DEFAULT_POOL
+
+    def document(self, names: Sequence[str], id_: int) -> np.ndarray:
+        """The text of that id in the first of the pools that has it, int32 [n]; empty if none has."""
+        for name in names:
+            if name in self._sealed and len(text := self._sealed[name][0].document(id_)):
+                return text
+        return np.zeros(0, np.int32)
 
     def sources(self, name: str) -> list[tuple[int, int]]:
-        """Kind and place of the existing tiers (sealed and live) of pool `name`."""
+        """Kind and place of the searchable tiers (sealed and live) of pool `name`."""
         tiers = []
-        if self.open(name) is not None:
+        if name in self._sealed and len(self._sealed[name][0].order):
             tiers.append((SEALED, self._sealed[name][1]))
         if name in self._live:
-            self._live.move_to_end(name)
             tiers.append((LIVE, self._live[name][1]))
         return tiers
 
-    def known(self, name: str) -> bool:
-        """Whether requests that name this pool have one: on disk or, if nothing is on disk at all, any valid
-        name."""
-        if self.root is None:
-            return bool(_NAME.fullmatch(name))
-        return self.open(name) is not None
-
     def insert(self, name: str, tokens: Sequence[int]) -> None:
-        """Adds a finished text to the live tier of pool `name`."""
+        """Adds a finished text to the live tier of pool `name`, which must be known."""
         if not self.limits.live_tokens or not tokens:
             return
         if name not in self._live:
-            while len(self._live) >= self.limits.max_live_pools:
-                self._close(self._live, LIVE)
             pool = LivePool(max(self.limits.live_tokens, 1 << 10))
             self._live[name] = (pool, self.search_set.add_live(pool))
             self.version += 1  # requests of this pool have one more source
         pool, place = self._live[name]
         if pool.insert(tokens):
             self.search_set.renew_live(place, pool)
-        self._live.move_to_end(name)
 
     def tokens(self) -> Mapping[str, int]:
-        """Tokens in mapped and live pools."""
+        """Tokens in sealed and live pools."""
         return {
             "sealed": sum(len(pool.tokens) for pool, _ in self._sealed.values()),
             "live": sum(len(pool) for pool, _ in self._live.values()),
         }
-
-    def _refuse_foreign(self) -> None:
-        """Opens one pool at startup, the default one if it exists, to detect a folder of another model's pools before
-        any request."""
-        if self.root is None:
-            return
-        names = sorted(f.name for f in Path(self.root).iterdir() if _NAME.fullmatch(f.name))
-        name = DEFAULT_POOL if DEFAULT_POOL in names else (names[0] if names else None)
-        if name is not None:
-            with contextlib.suppress(CorruptPool):  # reopened and repaired when a request names it
-                open_pool(Path(self.root) / name, self.identity)
-
-    def _close(self, tier: OrderedDict, kind: int) -> None:
-        _, (_, place) = tier.popitem(last=False)
-        self.search_set.remove(kind, place)
-        self.version += 1
-
-    def _load(self, folder: Path) -> SealedPool | None:
-        if not folder.is_dir():
-            return None
-        try:
-            return open_pool(folder, self.identity)
-        except CorruptPool as error:
-            _log.warning("%s", error)
-            return self._repair(folder)
-        except PoolError as error:
-            _log.error("%s", error)
-            self.counts["refused"] += 1
-            return None
-
-    def _repair(self, folder: Path) -> SealedPool | None:
-        try:
-            pool = rebuild_pool(folder)
-            pool.save(folder, self.identity)
-            self.counts["rebuilt"] += 1
-            return open_pool(folder, self.identity)
-        except CorruptPool:
-            quarantine = folder.with_name(f".{folder.name}.corrupt")
-            shutil.rmtree(quarantine, ignore_errors=True)
-            folder.rename(quarantine)
-            self.counts["quarantined"] += 1
-            _log.warning(
-                "pool %s cannot be repaired and was moved to %s; publish again to replace it", folder, quarantine
-            )
-            return None
 
 
 # ------------------------------------------------------------------------------------------------------------ retrieval
@@ -254,20 +249,42 @@ class AcceptanceRates:
         self._prior = np.tile(_PRIOR, groups * CHANCES)
         self.factors = self._prior.copy()
 
-    def observe(self, cell: np.ndarray, expected: np.ndarray, accepted: np.ndarray) -> None:
-        """Takes in the fate of n verified tokens: those up to and including the first rejected one of each draft.
+    def observe(self, cells: np.ndarray, expected: np.ndarray, seen: np.ndarray, accepted: np.ndarray) -> None:
+        """Takes in the fate of n drafts.
 
-        cell: int [n], as in Drafts. expected: float [n], the index's chances. accepted: bool [n].
+        cells: int64 [n, depth], as in Drafts. expected: float64 [n, depth], the chances of the index. seen: int64 [n],
+        judged tokens: the accepted ones and the first rejected one. accepted: int64 [n].
         """
-        np.add.at(self._tried, cell, 1.0)
-        np.add.at(self._expected, cell, expected)
-        np.add.at(self._accepted, cell, accepted.astype(np.float64))
-        touched = np.unique(cell)
-        full = touched[self._tried[touched] > _MEMORY]
-        for counts in (self._tried, self._expected, self._accepted):
-            counts[full] *= 0.5
-        learned = self._accepted[touched] + _PRIOR_WEIGHT * self._prior[touched]
-        self.factors[touched] = learned / (self._expected[touched] + _PRIOR_WEIGHT)
+        counts = (self._tried, self._expected, self._accepted)
+        _learn(cells, expected, seen, accepted, *counts, self._prior, self.factors)
+
+
+@compiled
+def _learn(
+    cells: np.ndarray,
+    expected: np.ndarray,
+    seen: np.ndarray,
+    accepted: np.ndarray,
+    tried: np.ndarray,
+    hoped: np.ndarray,
+    taken: np.ndarray,
+    prior: np.ndarray,
+    factors: np.ndarray,
+) -> None:
+    for i in range(len(seen)):
+        for j in range(seen[i]):
+            cell = cells[i, j]
+            tried[cell] += 1
+            hoped[cell] += expected[i, j]
+            taken[cell] += j < accepted[i]
+    for i in range(len(seen)):
+        for j in range(seen[i]):
+            cell = cells[i, j]
+            if tried[cell] > _MEMORY:
+                tried[cell] *= 0.5
+                hoped[cell] *= 0.5
+                taken[cell] *= 0.5
+            factors[cell] = (taken[cell] + _PRIOR_WEIGHT * prior[cell]) / (hoped[cell] + _PRIOR_WEIGHT)
 
 
 # ------------------------------------------------------------------------------------------------------------ retrieval
@@ -280,6 +297,7 @@ _HALVES = 0.5 ** np.arange(64)
 # The chance that a match of one place goes on, by its length in tokens (1 to 7, and more), before anything was learned.
 _FOLLOWED = np.array([0.2, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7])
 _FEW = 0.6  # of a live pool's votes, before anything was learned
+_NO_ENDS = np.zeros(0, np.int32)
 _LEAST = 2  # tokens that must match before a row's own context is followed: one alone is chance
 
 
@@ -306,6 +324,7 @@ def draft_rows(
     groups: np.ndarray,
     search_set: SearchSet,
     factors: np.ndarray,
+    ends: np.ndarray = _NO_ENDS,
     *,
     depth: int,
     floor: float,
@@ -329,7 +348,7 @@ def draft_rows(
     )
     pools: tuple[Any, ...] = (*search_set.lists[SEALED], *search_set.lists[LIVE], *search_set.lists[TEXT])
     arrays: tuple[Any, ...] = (out.tokens, out.chance, out.expected, out.cell, out.count)
-    _draft_rows(contexts, rows, lengths, prompts, limits, sources, groups, *pools, factors, floor, *arrays)  # type: ignore[call-arg]
+    _draft_rows(contexts, rows, lengths, prompts, limits, sources, groups, *pools, factors, ends, floor, *arrays)  # type: ignore[call-arg]
     return out
 
 
@@ -387,6 +406,7 @@ def _draft_rows(
     live_earlier: Any,
     texts: Any,
     factors: np.ndarray,
+    ends: np.ndarray,
     floor: float,
     out_tokens: np.ndarray,
     out_chance: np.ndarray,
@@ -477,7 +497,10 @@ def _draft_rows(
             out_cell[i, n] = best_cell
             tail[kept + n] = token
             n += 1
-            if n == limit:
+            ended = False
+            for end_token in ends:
+                ended |= token == end_token
+            if n == limit or ended:
                 break
             for s in range(used):
                 kind, place = sources[i, s, 0], sources[i, s, 1]

@@ -59,15 +59,25 @@ class Verdict:
     relaxed: np.ndarray
 
 
-class _Rules:
-    """The relaxed rule's parameters for each draft token of a step; strict rows have k = 1."""
+@dataclass(frozen=True)
+class RowRules:
+    """The relaxed rule's parameters, by row or by draft token: k int64, 1 for strict; min_prob and margin float32.
+    ends: bool [rows], whether a row's last draft token ends its text, which no relaxed rule accepts."""
 
-    def __init__(self, rules: Sequence[Relaxation | None], counts: np.ndarray) -> None:
-        padded = [*rules[: len(counts)], *[None] * (len(counts) - len(rules))]
-        self.k = np.repeat([r.k if r else 1 for r in padded], counts)
-        self.min_prob = np.repeat(np.array([r.min_prob if r else 1.0 for r in padded], np.float32), counts)
-        margins = [_NO_MARGIN if r is None or r.margin is None else r.margin for r in padded]
-        self.margin = np.repeat(np.array(margins, np.float32), counts)
+    k: np.ndarray
+    min_prob: np.ndarray
+    margin: np.ndarray
+    ends: np.ndarray
+
+    def by_draft(self, counts: np.ndarray) -> "RowRules":
+        """For each draft token of a step with `counts` of them by row."""
+        k, min_prob, margin, ends = (
+            np.repeat(a[: len(counts)], counts) for a in (self.k, self.min_prob, self.margin, self.ends)
+        )
+        last = np.zeros(len(k), bool)
+        last[(np.cumsum(counts) - 1)[counts > 0]] = True
+        k[ends & last] = 1
+        return RowRules(k, min_prob, margin, ends)
 
     def accept(self, logits: torch.Tensor, draft: np.ndarray, at: np.ndarray) -> np.ndarray:
         """relaxed_accept for the draft tokens `at`. logits: [len(at), vocab]."""
@@ -77,15 +87,29 @@ class _Rules:
         return relaxed_accept(logits, tokens, k=k, min_prob=min_prob, margin=margin).cpu().numpy()
 
 
+def rule_numbers(rule: Relaxation | None) -> tuple[int, float, float]:
+    """k, min_prob and margin of a rule; of None, the strict one."""
+    if rule is None:
+        return 1, 1.0, _NO_MARGIN
+    return rule.k, rule.min_prob, _NO_MARGIN if rule.margin is None else rule.margin
+
+
+def row_rules(rules: Sequence[Relaxation | None]) -> RowRules:
+    """The rules of some rows."""
+    k, min_prob, margin = zip(*map(rule_numbers, rules), strict=True) if rules else ((), (), ())
+    numbers = np.array(k, np.int64), np.array(min_prob, np.float32), np.array(margin, np.float32)
+    return RowRules(*numbers, np.zeros(len(rules), bool))
+
+
 class Verifier(RejectionSampler):
     """vLLM's rejection sampler with a fast path for greedy batches, and the relaxed rule.
 
-    rules: one per row, None for strict; the worker sets it before each step. verdict: of the last step.
+    rules: of the rows of a step with drafts, which the worker sets before it. verdict: of the last step.
     """
 
     def __init__(self, sampler: Any, spec_config: Any, device: torch.device) -> None:
         super().__init__(sampler, spec_config, device)
-        self.rules: Sequence[Relaxation | None] = ()
+        self.rules = row_rules([])
         self.verdict = Verdict(np.zeros(0, np.int64), np.zeros(0, np.int64))
         self.seconds = 0.0  # time spent here since the start
         # For this step, on the slow path, [n_draft]: tokens, and whether only the relaxed rule accepts them.
@@ -131,7 +155,7 @@ class Verifier(RejectionSampler):
         logits = super().apply_logits_processors(logits, sampling_metadata, metadata)
         counts = np.asarray(metadata.num_draft_tokens, dtype=np.int64)
         self._only_relaxed = np.zeros(len(logits), dtype=bool)
-        rules = _Rules(self.rules, counts)
+        rules = self.rules.by_draft(counts)
         relaxing = rules.k > 1
         if not sampling_metadata.all_greedy:
             relaxing &= np.repeat((sampling_metadata.temperature.cpu().numpy() == 0)[: len(counts)], counts)
@@ -154,7 +178,7 @@ class Verifier(RejectionSampler):
         place = np.arange(len(draft)) + np.repeat(np.arange(len(counts)), counts)
         exact = (draft >= 0) & (likeliest[place] == draft)
         passed = exact
-        if any(self.rules):
+        if (self.rules.k > 1).any():
             passed = exact | self._relaxed_too(logits, top, draft, place, exact, counts)
         accepted = _first_failures(passed, counts)
         output = np.full((len(counts), metadata.max_spec_len + 1), _NO_TOKEN, dtype=np.int32)
@@ -176,7 +200,7 @@ class Verifier(RejectionSampler):
     ) -> np.ndarray:
         """bool [n_draft]: tokens that only the relaxed rule accepts. Skips those after a token that certainly
         fails."""
-        rules = _Rules(self.rules, counts)
+        rules = self.rules.by_draft(counts)
         failed = np.flatnonzero(~exact & (draft >= 0) & (rules.k > 1))
         rows, tokens = (torch.from_numpy(a).to(logits.device) for a in (place[failed], draft[failed]))
         # The ratio to the most likely token bounds a probability from above without a sum over the vocabulary.

@@ -11,7 +11,7 @@ import pytest
 from tiny_engine import VOCAB, Decoder, half_right, prompts, tiny_model, token_lists  # type: ignore[import-not-found]
 
 from owlrec_decoding import DecodingConfig, DraftLimits, VllmError, request_arguments
-from owlrec_decoding.pools import CELLS, AcceptanceRates, write_pool
+from owlrec_decoding.pools import CELLS, AcceptanceRates
 
 pytestmark = pytest.mark.vllm
 
@@ -19,15 +19,13 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decoder]:
     folder = tmp_path_factory.mktemp("llama")
-    root = folder / "pools"
-    root.mkdir()
-    config = DecodingConfig(mode="strict", pools=str(root))
+    config = DecodingConfig(mode="strict")
     limits = DraftLimits(max_draft=6, live_tokens=0)
     decoder = Decoder(tiny_model(folder / "model", "Llama"), config, limits)
     plain = token_lists(decoder.run(prompts(), "off"))
     texts = [p[-2:] + t for p, t in zip(prompts(), plain, strict=True)]
-    write_pool(root, "right", texts, list(range(len(texts))), identity="tiny", max_tokens=10**6)
-    write_pool(root, "half", half_right(texts), None, identity="tiny", max_tokens=10**6)
+    decoder.open("right", texts, list(range(len(texts))))
+    decoder.open("half", half_right(texts))
     yield decoder
     decoder.close()
 

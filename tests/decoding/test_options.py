@@ -1,25 +1,22 @@
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from owlrec_decoding import DecodingConfig, DecodingError, DraftLimits, Relaxation, engine_arguments, request_arguments
+from owlrec_decoding import DecodingConfig, DraftLimits, Relaxation, engine_arguments, request_arguments
 
 
 def test_off_changes_nothing() -> None:
-    assert engine_arguments(DecodingConfig(), "m", cpu=True) == {}
+    assert engine_arguments(DecodingConfig(), cpu=True) == {}
 
 
-@pytest.mark.parametrize(
-    ("cpu", "worker"), [(True, "cpu_worker.RetrievalCpuWorker"), (False, "gpu_worker.RetrievalGpuWorker")]
-)
+@pytest.mark.parametrize(("cpu", "worker"), [(True, "RetrievalCpuWorker"), (False, "RetrievalGpuWorker")])
 def test_engine_arguments_name_proposer_and_worker(cpu: bool, worker: str) -> None:
-    arguments = engine_arguments(DecodingConfig(mode="strict"), "m", limits=DraftLimits(max_draft=6), cpu=cpu)
+    arguments = engine_arguments(DecodingConfig(mode="strict"), texts="t.csv", limits=DraftLimits(max_draft=6), cpu=cpu)
     assert arguments["speculative_config"]["num_speculative_tokens"] == 6
-    assert arguments["worker_cls"] == f"owlrec_decoding.{worker}"
-    assert arguments["additional_config"]["owlrec_decoding"]["identity"] == "m"
+    assert arguments["worker_cls"] == f"owlrec_decoding.drafter.{worker}"
+    assert arguments["additional_config"]["owlrec_decoding"]["texts"] == "t.csv"
 
 
 @pytest.mark.parametrize(
@@ -34,11 +31,6 @@ def test_rules_out_of_range_are_refused(wrong: dict) -> None:
 def test_a_requests_rule_out_of_range_is_refused(wrong: dict) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Relaxation(**wrong)
-
-
-def test_a_missing_folder_of_pools_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DecodingError, match=r"decoding\.pools: .*none"):
-        engine_arguments(DecodingConfig(mode="strict", pools=str(tmp_path / "none")), "m", cpu=True)
 
 
 def test_request_arguments_hold_only_what_http_can_carry() -> None:

@@ -209,11 +209,12 @@ def test_factors_follow_what_is_observed_and_forget() -> None:
     rates = AcceptanceRates(2)
     before = rates.factors.copy()
     n, cell = 400, CELLS + 5 * OTHERS * WRITTEN
-    rates.observe(np.full(n, cell), np.full(n, 0.8), np.arange(n) < 160)
+    cells, chances, one = np.full((n, 1), cell), np.full((n, 1), 0.8), np.ones(n, np.int64)
+    rates.observe(cells, chances, one, (np.arange(n) < 160).astype(np.int64))
     assert rates.factors[cell] == pytest.approx((160 + 20) / (320 + 20))  # the prior stands for 20 expected ones
     assert (np.delete(rates.factors, cell) == np.delete(before, cell)).all()  # no other cell moved
     for _ in range(20):
-        rates.observe(np.full(n, cell), np.full(n, 0.8), np.ones(n, bool))
+        rates.observe(cells, chances, one, one)
     assert rates.factors[cell] == pytest.approx(1 / 0.8, rel=0.02)  # the early rejections have faded
 
 

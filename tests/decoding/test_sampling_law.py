@@ -15,7 +15,6 @@ from scipy.stats import chisquare  # type: ignore[import-untyped]
 from tiny_engine import Decoder, tiny_model  # type: ignore[import-not-found]
 
 from owlrec_decoding import DecodingConfig, DraftLimits
-from owlrec_decoding.pools import write_pool
 
 pytestmark = pytest.mark.vllm
 TOKENS = 12
@@ -94,9 +93,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1, "num_key_value_heads": 1}
     # Flatter than the other tests' model: many texts then have a chance of their own.
     path = tiny_model(folder / "model", "Llama", vocab_size=TOKENS, num_hidden_layers=1, initializer_range=0.3, **sizes)
-    root = folder / "pools"
-    root.mkdir()
-    config = DecodingConfig(mode="strict", pools=str(root))
+    config = DecodingConfig(mode="strict")
     limits = DraftLimits(max_draft=3, live_tokens=0)
     decoder = Decoder(path, config, limits, max_model_len=64, max_num_seqs=128, max_num_batched_tokens=2048, seed=0)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -107,7 +104,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         second = int(np.argsort(-world.laws([[*PROMPT, first]], {"temperature": 1.0})[0])[rank])
         third = int(np.argmax(world.laws([[*PROMPT, first, second]], {"temperature": 1.0})[0]))
         texts.append([*PROMPT[-3:], first, second, third])
-    write_pool(root, "texts", texts, None, identity="tiny", max_tokens=10**6)
+    decoder.open("texts", texts)
     yield world
     decoder.close()
 

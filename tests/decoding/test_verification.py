@@ -60,7 +60,7 @@ def verify(
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-    from owlrec_decoding.verification import Verifier
+    from owlrec_decoding.verification import Verifier, row_rules
 
     counts = [len(drafts) for _, drafts in rows]
     starts = np.cumsum([0, *[n + 1 for n in counts]])
@@ -79,7 +79,7 @@ def verify(
         logitsprocs=LogitsProcessors([]),
     )
     verifier = Verifier(Sampler(), None, torch.device("cpu"))
-    verifier.rules = rules_
+    verifier.rules = row_rules(rules_)
     logits = torch.tensor([x for ls, _ in rows for x in ls], dtype=torch.float32)
     output = verifier(spec, None, logits, sampling).sampled_token_ids
     return [[t for t in row if t != -1] for row in output.tolist()], verifier.verdict

@@ -14,6 +14,7 @@ import numpy as np
 
 from owlrec_decoding import DecodingConfig, DraftLimits, engine_arguments, request_arguments
 from owlrec_decoding.controller import Controller, DecoderCounters, StepTimes
+from owlrec_decoding.index import build_pool
 
 VOCAB = 96
 EOS = 0
@@ -122,7 +123,7 @@ class Decoder:
             "disable_log_stats": True,
             "skip_tokenizer_init": True,
         }
-        decoding = engine_arguments(config, "tiny", limits=limits, cpu=True)
+        decoding = engine_arguments(config, texts=engine_args.pop("texts", None), limits=limits, cpu=True)
         self.engine = LLMEngine.from_engine_args(EngineArgs(**{**args, **decoding, **engine_args}))
         Decoder.running += 1
         self.names = iter(range(10**9))
@@ -171,6 +172,10 @@ class Decoder:
                 answer.counts = self.call("owlrec_request_counts", [output.request_id])[output.request_id]
                 answer.cached = output.num_cached_tokens
                 self.done[output.request_id] = answer
+
+    def open(self, pool: str, texts: Sequence[Sequence[int]], ids: Sequence[int] | None = None) -> None:
+        """Gives the engine a pool."""
+        self.call("owlrec_open_pool", pool, build_pool(texts, ids).to_bytes())
 
     def learn(self, pool: str, texts: Sequence[Sequence[int]]) -> None:
         """Puts texts into the live tier of a pool."""

@@ -1,6 +1,5 @@
 """Two runs with the real model: what the first publishes drafts for the second, whose prompts differ a little."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
 def test_a_release_drafts_for_the_next_generation(tmp_path: Path) -> None:
     recipe, workspace = tmp_path / "drafting.yaml", tmp_path / "ws"
 
-    def run(history_tokens: int, last: str) -> str:
+    def run(history_tokens: int, last: str) -> None:
         recipe.write_text(
             f"""
             name: drafting
@@ -39,17 +38,9 @@ def test_a_release_drafts_for_the_next_generation(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "owlrec", "run", str(recipe), "--to", last]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
-    first = run(96, "publish")
-    assert "no retrieval pools" not in first
-    (release,) = (workspace / "pools").iterdir()
-    assert sorted(p.name for p in release.iterdir()) == ["item", "user"]
-    stage = json.loads((workspace / "stages" / "publish.json").read_text())
-    assert stage["counts"]["pool_tokens_item"] > 40 * 10
-
-    second = run(97, "generate")
-    assert f"drafting from the texts of release {release.name}" in second
+    run(96, "publish")
+    run(97, "generate")
     jobs = sorted((workspace / "knowledge").iterdir(), key=lambda f: f.stat().st_mtime)
     items = pq.read_table(jobs[-1] / "item" / "00000000.parquet")
     accepted, tokens = sum(items["accepted"].to_pylist()), sum(items["output_tokens"].to_pylist())
@@ -63,3 +54,4 @@ def test_a_release_drafts_for_the_next_generation(tmp_path: Path) -> None:
     users = pq.read_table(jobs[-1] / "user" / "00000000.parquet")
     assert counters["accepted"] >= accepted + sum(users["accepted"].to_pylist())
     assert counters["hits_own"] > 0
+    assert counters["unknown_pools"] == 0

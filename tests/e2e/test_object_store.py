@@ -40,7 +40,7 @@ MINUTES = 20  # of one command, at most: for 10^5 users
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A bucket whose server is a process of its own, which the environment of all commands names."""
-    with s3.s3_process("chain"):
+    with s3.s3_server("chain"):
         os.environ["OWLREC_CACHE"] = str(tmp_path_factory.mktemp("cache"))
         yield f"s3://chain/{uuid.uuid4().hex}"
 

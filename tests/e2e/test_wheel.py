@@ -29,17 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ENV = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 DRAFTING = """
-import csv, json, sys
+import json, sys
 from owlrec_decoding import drafting, request_arguments
-from owlrec_decoding.pools import answer_tokens, write_pool
-from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 
-texts = [row["text"] for row in csv.DictReader(open("answers.csv"))]
-tokens = list(answer_tokens(AutoTokenizer.from_pretrained("model"), texts, [False] * len(texts)))
-write_pool("pools", "mine", tokens, None, identity="model", max_tokens=10**6)
-llm = LLM("model", max_model_len=128, max_num_seqs=2, enforce_eager=True, **drafting("pools", model="model"))
-modes = request_arguments(["mine"]), request_arguments(mode="off")
+llm = LLM("model", max_model_len=128, max_num_seqs=2, enforce_eager=True, **drafting("answers.csv"))
+modes = request_arguments(), request_arguments(mode="off")
 sampling = [SamplingParams(max_tokens=40, temperature=0, extra_args=mode) for mode in modes]
 drafted, plain = [llm.generate("An owl sees ", s, use_tqdm=False)[0].outputs[0].text for s in sampling]
 sealed = json.loads(llm.collective_rpc("owlrec_counters")[0])["counts"]["tokens_sealed"]

@@ -29,19 +29,16 @@ from refresh_world import (  # type: ignore[import-not-found]
 from owlrec.encoding.compression import SemanticIdConfig
 from owlrec.encoding.vectors import PARTITIONS, EncoderConfig, VectorShards, partitions_folder
 from owlrec.errors import ReleaseError, WorkspaceError
-from owlrec.generation import EchoEngineConfig, VllmEngineConfig
 from owlrec.generation.job import GenerateConfig
-from owlrec.refresh import apply
-from owlrec.refresh.apply import interrupted_plan, stack_partitions, tidy, too_many_dead, with_latest_pools
+from owlrec.refresh.apply import interrupted_plan, stack_partitions, too_many_dead
 from owlrec.refresh.state import CLAIM, dead_files, read_state, write_state
 from owlrec.releases import current_release, list_releases, open_release, roll_back
-from owlrec.releases.format import chain, read_manifest
+from owlrec.releases.format import read_manifest
 from owlrec.runs import upkeep
 from owlrec.runs.upkeep import double_shards
 from owlrec.shards import Card, claimed
 from owlrec.storage import PointerMoved
 from owlrec.workspace import Workspace
-from owlrec_decoding import DecodingConfig
 
 AWAY = [115, 116, 117]
 
@@ -366,67 +363,3 @@ def test_what_earlier_refreshes_left_is_swept_away(world: Workspace) -> None:
 def test_when_failures_are_too_many(shards: list[tuple[int, int]], too_many: bool) -> None:
     cards = [Card(stage="refresh", fingerprint="", rows_in=rows, rows_dead=dead) for rows, dead in shards]
     assert too_many_dead(cards, GenerateConfig(max_dead_share=0.02)) == too_many
-
-
-def test_drafts_come_from_the_newest_release_that_has_pools(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(apply, "pointer_history", lambda _: ["full", "delta"])
-    monkeypatch.setattr(apply, "find_pools", lambda _, name, identity: ("/pools" if name == "full" else None, ""))
-    vllm, on = VllmEngineConfig(type="vllm", model="m"), DecodingConfig(mode="strict")
-    assert with_latest_pools(workspace, vllm, on).pools == "/pools"
-    named = DecodingConfig(mode="strict", pools="/mine")
-    assert with_latest_pools(workspace, vllm, named) == named
-    assert with_latest_pools(workspace, EchoEngineConfig(type="echo"), on) == on
-    assert with_latest_pools(workspace, vllm, DecodingConfig(mode="off")).pools is None
-
-
-IDS = np.arange(1, 41)
-
-
-def refreshed(world: Workspace, times: int) -> None:
-    """A delta each: user n watches eight films."""
-    for n in range(1, times + 1):
-        log_events(world, watched(n, range(115, 123), START + n * DAY), name=f"day-{n}")
-        carry_out(world, plan_refresh(world))
-
-
-def depth(world: Workspace) -> int:
-    current = current_release(world)
-    assert current is not None
-    return len(chain(world, current)) - 1
-
-
-def texts(world: Workspace) -> list[str]:
-    with open_release(world) as release:
-        return [k.text if k else "" for k in release.store.get("user", IDS)]
-
-
-def test_a_chain_is_merged_once_it_is_long_enough(world: Workspace) -> None:
-    refreshed(world, 3)
-    before = texts(world)
-    assert depth(world) == 3
-    assert tidy(world, compact_after=4) == ""
-    assert "deltas merged into release" in tidy(world, compact_after=3)
-    assert depth(world) == 0
-    assert texts(world) == before
-    assert sum("Renewed" in text for text in before) == 3
-
-
-def test_refreshes_go_on_after_a_merge(world: Workspace) -> None:
-    refreshed(world, 2)
-    tidy(world, compact_after=1)
-    log_events(world, watched(9, range(115, 123), START + 9 * DAY), name="day-9")
-    carry_out(world, plan_refresh(world))
-    assert depth(world) == 1
-    assert sum("Renewed" in text for text in texts(world)) == 3
-
-
-def test_what_cannot_be_tidied_is_said_and_stops_nothing(world: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    refreshed(world, 1)
-
-    def overtaken(*_: object) -> None:
-        raise ReleaseError("release x became current while y was being compacted.")
-
-    monkeypatch.setattr(apply, "compact", overtaken)
-    assert tidy(world, compact_after=1).startswith("cleanup failed: release x became current")

@@ -1,10 +1,9 @@
 """The real engine with the packaged model: answers, limits and a failed start."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from owlrec.errors import EngineError
@@ -14,12 +13,9 @@ from owlrec.generation.engines import (
     PromptTooLong,
     RequestRefused,
     SamplingConfig,
-    load_tokenizer,
     model_identity,
 )
-from owlrec.generation.release_pools import write_release_pools
 from owlrec.generation.vllm_engine import VllmEngine
-from owlrec.schema import KNOWLEDGE
 from owlrec_decoding import DecodingConfig, request_arguments
 
 pytestmark = pytest.mark.vllm
@@ -89,45 +85,38 @@ def test_unloadable_model_is_an_engine_error(tmp_path: Path) -> None:
         build_engine(CONFIG.model_copy(update={"model": str(tmp_path)}))
 
 
-def test_drafts_from_a_release_give_the_same_answers_in_fewer_steps(tmp_path: Path) -> None:
-    """float32, so that batch shapes decide no tie; the pools are made of texts, as `publish` makes them."""
+def test_drafts_from_earlier_texts_give_the_same_answers_in_fewer_steps() -> None:
+    """float32, so that batch shapes decide no tie; the pools are made of texts, as those of a release are."""
     model = CONFIG.model_copy(update={"dtype": "float32"})
     prompts = [f"Tell me about {topic}." for topic in ("owls", "rivers", "bread", "trains")]
 
-    def answers(decoding: DecodingConfig) -> list[Completion]:
+    def answers(decoding: DecodingConfig, texts: Mapping[int, str] | None = None) -> list[Completion]:
         engine = build_engine(model, decoding)
         assert isinstance(engine, VllmEngine)
         assert engine.config.model_identity == model_identity(CONFIG.model)
 
         async def ask() -> list[Completion]:
             sampling, named = SamplingConfig(max_tokens=60), decoding.mode != "off"
+            await engine.open_texts("item", texts or {})
             extras = [request_arguments(["item"], i) if named else None for i in range(len(prompts))]
             return await asyncio.gather(
                 *(engine.complete("", p, sampling, extra) for p, extra in zip(prompts, extras, strict=True))
             )
 
-        texts = asyncio.run(ask())
+        written = asyncio.run(ask())
         if decoding.mode != "off":
             counters = engine.counters
             assert counters is not None
-            assert counters.counts["accepted"] == sum(a.accepted for a in texts) > 0
-            assert counters.counts["drafted"] == sum(a.drafted for a in texts)
-            assert counters.counts["tokens"] + len(prompts) >= sum(a.output_tokens for a in texts)
+            assert counters.counts["accepted"] == sum(a.accepted for a in written) > 0
+            assert counters.counts["drafted"] == sum(a.drafted for a in written)
+            assert counters.counts["tokens"] + len(prompts) >= sum(a.output_tokens for a in written)
             assert counters.tokens_per_step > 1.5
             assert sum(s.tokens for s in counters.by_rows.values()) > 0
         engine.close()
-        return texts
+        return written
 
     plain = answers(DecodingConfig())
-    rows = [
-        {**dict.fromkeys(KNOWLEDGE.names), "kind": "item", "id": i, "as_of": 0, "text": a.text, "relaxed": 0}
-        | {"finish_reason": a.finish_reason}
-        for i, a in enumerate(plain)
-    ]
-    table = pa.Table.from_pylist(rows, schema=KNOWLEDGE)
-    tokenizer = load_tokenizer(CONFIG.model)
-    write_release_pools(tmp_path, [table], tokenizer, identity=model_identity(CONFIG.model), max_tokens=10**6)
-    drafted = answers(DecodingConfig(mode="strict", pools=str(tmp_path)))
+    drafted = answers(DecodingConfig(mode="strict"), {i: a.text for i, a in enumerate(plain)})
     assert [a.text for a in drafted] == [a.text for a in plain]
     assert all(a.drafted == 0 for a in plain)
 

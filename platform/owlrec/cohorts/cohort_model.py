@@ -425,35 +425,6 @@ def memberships(cohorts: pa.Table, *, marked: bool = False) -> pa.Table:
     return table.append_column("as_of", pa.array(as_of[start]))
 
 
-class CohortNames:
-    """Names of everybody's cohorts, in memory: 12 bytes per membership."""
-
-    def __init__(self, workspace: Workspace, folder: str) -> None:
-        self._names: list[str] = []
-        self._of: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by kind: ids ascending, and numbers of names
-        for kind in ("user", "item"):
-            parts = [
-                newest(workspace.read_parquet(f"{folder}/{kind}/{p}", ["id", "as_of", "cohort"]))
-                for p in workspace.names(folder, kind)
-            ]
-            table = pa.concat_tables(parts)
-            names = table["cohort"].combine_chunks().dictionary_encode()
-            numbers = names.indices.to_numpy().astype(np.int32) + len(self._names)
-            self._names += names.dictionary.to_pylist()
-            ids = table["id"].to_numpy()
-            order = np.argsort(ids, kind="stable")
-            self._of[kind] = ids[order], numbers[order]
-
-    def __call__(self, kind: str, ids: Sequence[int]) -> list[list[str]]:
-        """Names of each id's cohorts; none for an unknown id or another kind."""
-        if kind not in self._of:
-            return [[] for _ in ids]
-        known, numbers = self._of[kind]
-        wanted = np.asarray(ids, dtype=np.int64)
-        low, high = np.searchsorted(known, wanted, "left"), np.searchsorted(known, wanted, "right")
-        return [[self._names[n] for n in numbers[a:b]] for a, b in zip(low, high, strict=True)]
-
-
 # ---------------------------------------------------------------------------------------------------------------- model
 
 

@@ -55,7 +55,7 @@ from owlrec.workspace import TOMBSTONES, Workspace, write_tombstones
 #
 # Files sharded by user are read only if their number is that of a user's shard, now or before a reshard; only the ids
 # of other tables are read. Files that cannot be read row by row are removed and rebuilt
-# by the stage that wrote them: shuffled rows, inputs of cohorts, encoded samples, retrieval pools, reports.
+# by the stage that wrote them: shuffled rows, inputs of cohorts, encoded samples, reports.
 
 
 _NUMBERED = re.compile(r".*/(\d{8,})\.(?:parquet|arrow)")
@@ -64,7 +64,6 @@ _CHUNK = 16  # files per step; a killed run resumes after the last one
 _NOT_HERE = ("releases", "forgotten", "claims", "stages")
 _WHOLE = (  # what to remove, and the stage that rebuilds it
     (re.compile(r"shuffled/.*"), "shuffled rows", "prepare"),
-    (re.compile(r"pools/.*"), "retrieval pools", "publish"),
     (re.compile(r"cohorts/[^/]+/user-[^/]*(vectors|groups|candidates|members|samples)/.*"), "cohort drafts", "cohorts"),
     (re.compile(r"ctr/[^/]+/samples/.*"), "encoded samples", "train_ctr"),
     (re.compile(r"reports/.*"), "reports", "evaluate"),

@@ -154,6 +154,17 @@ class Engine(ABC):
         """
         raise EngineError(f"{type(self).__name__} does not return token probabilities. Use vLLM or an HTTP server.")
 
+    async def open_texts(  # noqa: B027 - only the decoder draws on texts
+        self, pool: str, texts: Mapping[int, str], *, searchable: bool = True
+    ) -> None:
+        """Texts to draft from, by id, for requests that name `pool`; engines without the decoder ignore them.
+
+        searchable: otherwise each serves only the request whose own earlier text it is.
+        """
+
+    async def close_texts(self, pool: str) -> None:  # noqa: B027
+        """Drops a pool that no request names any more."""
+
     @abstractmethod
     def count_tokens(self, text: str) -> int:
         """Tokens of `text` alone, from the model's tokenizer or a close upper estimate."""

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from pydantic import Field, PositiveInt, field_validator
 from owlrec.config import Config
 from owlrec.errors import EngineError, WorkspaceError
 from owlrec.generation import EngineConfig, build_engine, engine_fingerprint
+from owlrec.generation.earlier_texts import EarlierTexts
 from owlrec.generation.engines import (
     BadRow,
     Completion,
@@ -109,7 +111,7 @@ class GenerationJob:
     fingerprint: str
     # By kind, a folder of ready-made prompts (schema.PROMPTS), by shard: for cohorts and refreshes.
     ready: Mapping[str, str] = field(default_factory=dict)
-    cohorts: str | None = None  # cohorts whose pools rows draft from; does not affect texts
+    cohorts: str | None = None  # cohorts whose texts rows draft from; does not affect texts
 
     @property
     def folder(self) -> str:
@@ -351,6 +353,7 @@ class GenerateStage(Stage):
         self.name, self.folder = name, job.folder
         self.job, self.engine_config = job, engine
         self._engine: Engine | None = None
+        self._earlier: EarlierTexts | None = None
         self._metrics: DecoderMetrics | None = None
         self._counted = DecoderCounters()
 
@@ -358,13 +361,15 @@ class GenerateStage(Stage):
         """See Stage.open."""
         self._catalog = ItemCatalog.load(workspace) if "user" not in self.job.ready else None
         self._engine = build_engine(self.engine_config, self.job.decoding)
+        if self.job.decoding.mode != "off":
+            self._earlier = EarlierTexts(workspace, relaxed=self.job.decoding.mode == "relaxed")
         if self._engine.counters is not None and on_ray():
             self._metrics = DecoderMetrics(worker)
 
     async def run(self, work: Work) -> Result:
         """See Stage.run."""
         assert self._engine is not None
-        result = await generate_shard(work, self.job, self._engine, self._catalog)
+        result = await generate_shard(work, self.job, self._engine, self._catalog, self._earlier)
         return replace(result, counts={**result.counts, **self._decoded()})
 
     def close(self) -> None:
@@ -372,6 +377,9 @@ class GenerateStage(Stage):
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        if self._earlier is not None:
+            self._earlier.close()
+            self._earlier = None
 
     def _decoded(self) -> dict[str, str]:
         """Decoder counts since the previous shard."""
@@ -385,34 +393,49 @@ class GenerateStage(Stage):
         return {DECODER: grown.model_dump_json()}
 
 
-async def generate_shard(work: Work, job: GenerationJob, engine: Engine, catalog: ItemCatalog | None) -> Result:
+async def generate_shard(
+    work: Work,
+    job: GenerationJob,
+    engine: Engine,
+    catalog: ItemCatalog | None,
+    earlier_texts: EarlierTexts | None = None,
+) -> Result:
     """Generates one complete shard.
 
     A row whose prompt was already answered keeps that text, whatever its input file; dead
-    rows have none and are retried. catalog: for prompts of users that are not ready-made.
+    rows have none and are retried. catalog: for prompts of users that are not ready-made. earlier_texts: to draft from.
     Raises ShardTaken before anything is written, and WorkerLost if the engine is dead.
     """
     workspace, shard = work.workspace, work.shard
     rows = await asyncio.to_thread(read_prompts, workspace, job, shard, engine, catalog)
     if shard.kind == "user" and len(gone := await asyncio.to_thread(read_tombstones, workspace)):
         rows = [row for row, out in zip(rows, gone.among([row.id for row in rows]), strict=True) if not out]
-    kept, chains = _keep_unchanged(_earlier_texts(work, job), rows, engine.count_tokens)
-    gate, cohorts = QualityGate(job.quality, job.scenario), _cohorts(workspace, job, shard)
+    earlier = _earlier_texts(work, job)
+    kept, chains = _keep_unchanged(earlier, rows, engine.count_tokens)
+    gate = QualityGate(job.quality, job.scenario)
     answers: list[list[tuple[Row, Outcome]]] = [[] for _ in chains]
     places = iter(range(len(chains)))
 
-    async def ask() -> None:
+    async def ask(pools: Mapping[int, Sequence[str]]) -> None:
         for at in places:
             for row in chains[at]:
                 if answers[at] and isinstance(row, Prompt):
                     row = row.after(answers[at][-1][1].text or "", engine.count_tokens)
-                outcome = await _author(job, row, engine, gate, cohorts.get(row.id, ()))
+                outcome = await _author(job, row, engine, gate, pools.get(row.id, ()))
                 answers[at].append((row, outcome))
                 if outcome.text is None:
                     break
 
     try:
-        await asyncio.gather(*(ask() for _ in range(min(_ASKED_AT_ONCE, len(chains)))))
+        async with AsyncExitStack() as offered:
+            pools: Mapping[int, Sequence[str]] = {}
+            if earlier_texts is not None and chains:
+                ids = list(dict.fromkeys(chain[0].id for chain in chains))
+                cohorts, own = await asyncio.to_thread(lambda: (_cohorts(workspace, job, shard), _own_texts(earlier)))
+                pools = await offered.enter_async_context(
+                    earlier_texts.offered(engine, shard.name, _kind(shard), ids, cohorts, own)
+                )
+            await asyncio.gather(*(ask(pools) for _ in range(min(_ASKED_AT_ONCE, len(chains)))))
     except EngineStopped as error:
         raise WorkerLost(str(error)) from error
     framework = READY_MADE.get(shard.kind) if shard.kind in job.ready else None
@@ -492,14 +515,20 @@ def _earlier_texts(work: Work, job: GenerationJob) -> pa.Table:
     return table.filter(pc.equal(table["fingerprint"], job.fingerprint))
 
 
-async def _author(job: GenerationJob, row: Row, engine: Engine, gate: QualityGate, cohorts: Sequence[str]) -> Outcome:
+def _own_texts(earlier: pa.Table) -> dict[int, str]:
+    """The newest text of each id, without those with relaxed tokens."""
+    table = newest(earlier.filter(pc.equal(earlier["relaxed"], 0)))
+    return dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
+
+
+async def _author(job: GenerationJob, row: Row, engine: Engine, gate: QualityGate, pools: Sequence[str]) -> Outcome:
     """Generates one row's text, with as many retries as the gate requires."""
     try:
         if isinstance(row, UnusableRow):
             return Outcome(BadRow(row.message, row.error))
         if not row.text:
             raise EmptyPrompt(f"{row.kind} {row.id} has no title, attribute or behavior for a prompt")
-        extra = _drafting(job, row, cohorts)
+        extra = _drafting(job, row, pools)
         answer = await engine.complete(row.system, row.text, job.sampling, extra)
         first = flags = gate.flags(answer.text, prompt=row.text, finish_reason=answer.finish_reason)
         if not flags:
@@ -523,9 +552,9 @@ async def _author(job: GenerationJob, row: Row, engine: Engine, gate: QualityGat
 
 
 def _cohorts(workspace: Workspace, job: GenerationJob, shard: Shard) -> dict[int, list[str]]:
-    """Cohorts of a shard's rows, by id, if their retrieval pools are useful."""
+    """Cohorts of a shard's rows, by id."""
     path = f"{job.cohorts}/{shard.file()}"
-    if job.cohorts is None or job.decoding.mode == "off" or shard.kind in job.ready or not workspace.exists(path):
+    if job.cohorts is None or shard.kind in job.ready or not workspace.exists(path):
         return {}
     cohorts: dict[int, list[str]] = {}
     table = newest(workspace.read_parquet(path, ["id", "as_of", "cohort"]))
@@ -534,13 +563,13 @@ def _cohorts(workspace: Workspace, job: GenerationJob, shard: Shard) -> dict[int
     return cohorts
 
 
-def _drafting(job: GenerationJob, prompt: Prompt, cohorts: Sequence[str]) -> dict[str, Any] | None:
-    """Pools to draft from: the row's own earlier text, its cohorts' texts, then those of its kind."""
+def _drafting(job: GenerationJob, prompt: Prompt, pools: Sequence[str]) -> dict[str, Any] | None:
+    """What to draft from: the row's own earlier text, then its pools."""
     mode = job.decoding.mode
     if mode == "off":
         return None
     rule = job.decoding.relaxation if mode == "relaxed" else None
-    return request_arguments([*cohorts, prompt.kind], prompt.id, mode=mode, relaxation=rule)
+    return request_arguments(pools, prompt.id, mode=mode, relaxation=rule)
 
 
 def _digest(row: Prompt) -> str:

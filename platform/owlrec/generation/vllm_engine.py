@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -55,11 +55,21 @@ class EngineAnswer:
 
 
 @dataclass
+class _Call:
+    """A function of the engine's workers, for its thread to call between steps."""
+
+    method: str
+    arguments: tuple[Any, ...]
+    future: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop
+
+
+@dataclass
 class _Pending:
     prompt_token_ids: list[int]
     params: Any
     adapter: str | None
-    future: asyncio.Future[EngineAnswer]
+    future: asyncio.Future[Any]  # of an EngineAnswer
     loop: asyncio.AbstractEventLoop
 
 
@@ -72,7 +82,7 @@ class Stepping:
         """
         self.counters: DecoderCounters | None = None
         self._start, self._drafts = start, drafts
-        self._inbox: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Pending | _Call | None] = queue.SimpleQueue()
         self._closing = False
         self._fatal: BaseException | None = None
         ready = threading.Event()
@@ -89,11 +99,19 @@ class Stepping:
 
         Raises RequestRefused if vLLM does not accept the request, and EngineStopped if vLLM itself has failed.
         """
+        answer: EngineAnswer = await self._put(partial(_Pending, list(token_ids), params, adapter))
+        return answer
+
+    async def call(self, method: str, *arguments: Any) -> None:
+        """Calls a function of the engine's workers between two steps. Raises EngineStopped if vLLM has failed."""
+        await self._put(partial(_Call, method, arguments))
+
+    async def _put(self, asked: Callable[[asyncio.Future[Any], asyncio.AbstractEventLoop], _Pending | _Call]) -> Any:
         if self._fatal is not None:
             raise EngineStopped(f"vLLM has stopped: {self._fatal}")
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[EngineAnswer] = loop.create_future()
-        self._inbox.put(_Pending(list(token_ids), params, adapter, future, loop))
+        future: asyncio.Future[Any] = loop.create_future()
+        self._inbox.put(asked(future, loop))
         return await future
 
     def close(self) -> None:
@@ -133,6 +151,10 @@ class Stepping:
                 if pending is None:
                     return
                 if pending.future.cancelled():
+                    continue
+                if isinstance(pending, _Call):
+                    engine.collective_rpc(pending.method, args=pending.arguments)
+                    _resolve(pending, None)
                     continue
                 counter += 1
                 try:
@@ -174,7 +196,7 @@ def _lora_request(folder: str | None, known: dict[str, Any]) -> Any:
     return known.setdefault(folder, LoRARequest(folder, len(known) + 1, folder))
 
 
-def _resolve(pending: _Pending, result: Any) -> None:
+def _resolve(pending: _Pending | _Call, result: Any) -> None:
     def settle() -> None:
         if pending.future.cancelled():
             return
@@ -325,6 +347,24 @@ class VllmEngine(Engine):
         logprobs = answer.output.logprobs[0]
         return NextTokenScores(tuple(logprobs[token].logprob for token in wanted), len(token_ids), answer.cached_tokens)
 
+    async def open_texts(self, pool: str, texts: Mapping[int, str], *, searchable: bool = True) -> None:
+        """See Engine.open_texts. The index is built in a thread, beside the engine's steps."""
+        if self.decoding.mode != "off":
+            arrays = await asyncio.to_thread(self._pool, texts, searchable)
+            await self._stepping.call("owlrec_open_pool", pool, arrays)
+
+    async def close_texts(self, pool: str) -> None:
+        """See Engine.close_texts."""
+        if self.decoding.mode != "off":
+            await self._stepping.call("owlrec_close_pool", pool)
+
+    def _pool(self, texts: Mapping[int, str], searchable: bool) -> list[bytes]:
+        from owlrec_decoding.index import build_pool  # here, since importing numba takes a second
+        from owlrec_decoding.pools import answer_tokens
+
+        tokens = list(answer_tokens(self._tokenizer, list(texts.values())))
+        return build_pool(tokens, list(texts), searchable=searchable).to_bytes()
+
     def count_tokens(self, text: str) -> int:
         """Exact; see count_by."""
         return self._count(text)
@@ -376,8 +416,7 @@ class VllmEngine(Engine):
             # Prefixes are cached in whole blocks: the CPU default of 128 tokens is longer than the system turn that all
             # rows share.
             args["block_size"] = 32
-        identity = self.config.model_identity
-        args |= engine_arguments(self.decoding, identity, limits=self.limits, cpu=self.cpu) | self.config.engine_args
+        args |= engine_arguments(self.decoding, limits=self.limits, cpu=self.cpu) | self.config.engine_args
         if self.cpu and args.get("enable_lora"):
             from vllm.platforms.cpu import CpuPlatform
 
@@ -394,7 +433,7 @@ def prepare_environment(config: VllmEngineConfig, cpu: bool) -> None:
     """Sets variables that vLLM and its libraries read only from the environment, on import."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("TOKENIZERS_PARALLELIZM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.path.isdir(config.model) or config.model == PACKAGED:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if cpu:

@@ -21,9 +21,8 @@ from owlrec.encoding.inputs import Input, KnowledgeTexts
 from owlrec.encoding.stage import EncodingJob
 from owlrec.encoding.vectors import PARTITIONS, EncoderConfig, VectorShard, partitions_folder, quantizer_folder
 from owlrec.errors import OwlRecError
-from owlrec.generation import EngineConfig, VllmEngineConfig
+from owlrec.generation import EngineConfig
 from owlrec.generation.job import GenerateConfig, GenerationJob
-from owlrec.generation.release_pools import find_pools
 from owlrec.ids import Kind, run_starts, shard_of
 from owlrec.refresh.items import UpsertItems
 from owlrec.refresh.plan import Moved, RunStage
@@ -55,7 +54,6 @@ from owlrec.schema import newest, vector_matrix, vectors_table
 from owlrec.shards import Artifact, Card, Shard, in_threads
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
-from owlrec_decoding import DecodingConfig
 
 _KINDS: tuple[Kind, ...] = ("item", "user")  # as keys ascend
 _FEW_DEAD = 10
@@ -101,18 +99,6 @@ def too_many_dead(cards: Iterable[Card], config: GenerateConfig) -> bool:
     cards = list(cards)
     dead = sum(card.rows_dead for card in cards)
     return dead > _FEW_DEAD and dead > config.max_dead_share * sum(card.rows_in for card in cards)
-
-
-def with_latest_pools(workspace: Workspace, engine: EngineConfig, decoding: DecodingConfig) -> DecodingConfig:
-    """`decoding` with the retrieval pools of the newest release that has some, unless it names its own.
-
-    Deltas have no pools: the full release below them has most of their users' earlier texts.
-    """
-    if decoding.mode == "off" or decoding.pools or not isinstance(engine, VllmEngineConfig):
-        return decoding
-    releases, identity = reversed(pointer_history(workspace)), engine.model_identity
-    pools = (find_pools(workspace, release, identity)[0] for release in releases)
-    return decoding.model_copy(update={"pools": next(filter(None, pools), None)})
 
 
 # The delta

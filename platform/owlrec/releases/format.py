@@ -25,7 +25,7 @@ from owlrec.workspace import Tombstones, Workspace
 # so nothing has to read rows for them.
 
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "release.json"
 WAY_BACK = "Roll back to the previous release (`owlrec release rollback`), or publish again."
 
@@ -178,6 +178,7 @@ class Knowledge:
     text: str
     framework: str  # "collective": texts of the id's cohorts, if it has none of its own
     quality: str  # "ok", or the names of the quality rules that flagged the text
+    relaxed: int = 0  # tokens that only the decoder's relaxed rule accepted
 
     def _repr_html_(self) -> str:
         """The text for a notebook, with its metadata."""
@@ -504,7 +505,7 @@ LAST_PARTITION = 255  # one byte of a key
 _KIND_BYTES = {"user": b"u", "item": b"i", "cohort": b"c"}
 _KINDS = {value[0]: kind for kind, value in _KIND_BYTES.items()}
 _KEY = struct.Struct(">cq")
-_HEAD = struct.Struct(">qHH")  # as_of, and the lengths of the two names in bytes
+_HEAD = struct.Struct(">qHHH")  # as_of, lengths of the two names in bytes, relaxed tokens
 
 
 def encode_key(kind: str, id_: int, partition: int = 0) -> bytes:
@@ -553,13 +554,13 @@ def byte_rows(table: np.ndarray) -> list[bytes]:
 def decode_knowledge(kind: str, id_: int, value: bytes, where: str) -> Knowledge:
     """Knowledge from a value. Raises ReleaseError, naming `where`, for a damaged one."""
     try:
-        as_of, framework, quality = _HEAD.unpack_from(value)
+        as_of, framework, quality, relaxed = _HEAD.unpack_from(value)
         first = _HEAD.size
         second, third = first + framework, first + framework + quality
         if third > len(value):
             raise ValueError("it is truncated")
         text = value[third:].decode()
-        return Knowledge(kind, id_, as_of, text, value[first:second].decode(), value[second:third].decode())
+        return Knowledge(kind, id_, as_of, text, value[first:second].decode(), value[second:third].decode(), relaxed)
     except (ValueError, struct.error) as error:
         raise ReleaseError(
             f"{where}: the row of {kind} {id_} is unreadable ({error!r}). The store is corrupt: "

@@ -36,7 +36,8 @@ from owlrec.workspace import Tombstones
 _TRANSACTION_ROWS = 20_000  # bounds the dirty pages LMDB holds in memory: about 20 MB of texts
 _FIRST_MAP_BYTES = 64 << 20
 _SAMPLE = 1000  # rows of each database whose bytes are kept, to be compared after the file was closed and opened again
-_HEAD = np.dtype([("as_of", ">i8"), ("framework", ">u2"), ("quality", ">u2")])  # lengths of the two names in bytes
+# framework, quality: lengths of the two names in bytes. relaxed: tokens accepted only by the relaxed rule.
+_HEAD = np.dtype([("as_of", ">i8"), ("framework", ">u2"), ("quality", ">u2"), ("relaxed", ">u2")])
 _LONGEST_NAME = (1 << 16) - 1
 
 
@@ -84,7 +85,7 @@ class PartWriter:
             bounds = pc.min_max(table["as_of"]).as_py()
             low, high = self.as_of or (bounds["min"], bounds["max"])
             self.as_of = min(low, bounds["min"]), max(high, bounds["max"])
-        columns = ["id", "as_of", "text", "framework", "quality"]
+        columns = ["id", "as_of", "text", "framework", "quality", "relaxed"]
         for batch in _ascending(table.select(columns), kind, "knowledge", name):
             keys = encode_keys(kind, batch["id"].to_numpy())
             self.add_rows("knowledge", keys, encode_knowledge(batch, name=name))
@@ -310,6 +311,7 @@ def encode_knowledge(table: pa.Table, *, name: str) -> list[bytes]:
                 f"{name}, row {row}: its {column} has {lengths[row]:,} bytes, more than {_LONGEST_NAME:,}. Shorten it."
             )
         head[column] = lengths
+    head["relaxed"] = np.minimum(table["relaxed"].fill_null(0).to_numpy(), 2**16 - 1)
     heads = pa.FixedSizeBinaryArray.from_buffers(pa.binary(_HEAD.itemsize), len(head), [None, pa.py_buffer(head)])
     return _slices(pc.binary_join_element_wise(heads.cast(pa.binary()), framework, quality, text, b""))
 

@@ -18,7 +18,6 @@ from operator import itemgetter
 import numpy as np
 
 from owlrec.errors import ReleaseError
-from owlrec.generation.release_pools import FOLDER as POOLS
 from owlrec.ids import Kind, shard_of
 from owlrec.releases.build import BUILDS, PART_IDS, ReleaseInfo, build_release, whole_release
 from owlrec.releases.format import (
@@ -216,11 +215,8 @@ def rebuild_without_forgotten(
 
 
 def remove_releases(workspace: Workspace, names: Sequence[str]) -> None:
-    """Removes releases, their retrieval pools, and all unfinished builds. The current release must not need any of
-    them.
-    """
+    """Removes releases and all unfinished builds. The current release must not need any of them."""
     for name in names:
-        workspace.delete_dir(POOLS, name)
         workspace.delete_file(f"releases/{name}/{MANIFEST}")
         workspace.delete_dir("releases", name)
     for file in workspace.names(BUILDS):
@@ -238,8 +234,7 @@ def _chain_of(manifests: Mapping[str, ReleaseManifest], name: str) -> Iterator[R
 
 
 def prune(workspace: Workspace, keep: int = 3, min_age_s: float = 3600.0) -> list[str]:
-    """Removes unneeded releases, their retrieval pools, and builds abandoned for a day;
-    returns the sorted names.
+    """Removes unneeded releases and builds abandoned for a day; returns the sorted names.
 
     Kept are the current release, the newest `keep` existing ones in the pointer's history (including the current
     one), releases younger than `min_age_s`, and all their parents. On a local disk, a reader with an open
@@ -258,7 +253,6 @@ def prune(workspace: Workspace, keep: int = 3, min_age_s: float = 3600.0) -> lis
     for name in sorted(releases.keys() - stay):
         if name in _needed_now(workspace):  # after a concurrent roll-back or delta
             continue
-        workspace.delete_dir(POOLS, name)
         # The manifest first, so a half-removed folder does not count as a release.
         workspace.delete_file(f"releases/{name}/{MANIFEST}")
         workspace.delete_dir("releases", name)

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import pyarrow as pa
 import owlrec
 from owlrec.cohorts.building import build_cohorts
 from owlrec.cohorts.clustering import ITERATIONS
-from owlrec.cohorts.cohort_model import POINTER, CohortNames, CohortSettings, previous_folder
+from owlrec.cohorts.cohort_model import POINTER, CohortSettings, previous_folder
 from owlrec.ctr.knowledge_tables import DISLIKED, arm_parts
 from owlrec.encoding.compression import CODING
 from owlrec.encoding.inputs import (
@@ -31,7 +30,6 @@ from owlrec.encoding.stage import EncodingJob
 from owlrec.encoding.vectors import read_quantizers
 from owlrec.errors import RecipeError, SourceError, WorkspaceError, did_you_mean
 from owlrec.generation import EngineConfig, VllmEngineConfig
-from owlrec.generation.engines import load_tokenizer
 from owlrec.generation.job import (
     SHARDS_IN_FLIGHT,
     GenerateConfig,
@@ -40,11 +38,9 @@ from owlrec.generation.job import (
     build_job,
     check_dead_share,
     decoder_counters,
-    iterate_knowledge,
     prompt_inputs,
     table_inputs,
 )
-from owlrec.generation.release_pools import FOLDER, find_pools, write_release_pools
 from owlrec.ids import KINDS, TABLES
 from owlrec.machine import native_errors_to
 from owlrec.ops.console import ShardWatch, note, progress, stage_header
@@ -62,8 +58,6 @@ from owlrec.sources.preparation import USER_TABLES, Preparation
 from owlrec.sources.splits import SPLITS
 from owlrec.storage import Pointer, fingerprint
 from owlrec.workspace import Workspace, shards_for
-from owlrec_decoding import DecodingConfig
-from owlrec_decoding.options import POOL_TOKENS
 
 # ---------------------------------------------------------------------------------------------------------------- stage
 # Shared parts of all stages: their order, skipping finished work, cards, and the Ray session.
@@ -350,7 +344,6 @@ def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) 
     watch, cards = Stopwatch(), done
     if pending or dead:
         forget_stages(workspace, from_stage("generate"))
-        job = replace(job, decoding=_with_released_pools(recipe, workspace))
         rows = {s.name: job.count_prompts(workspace, s) for s in pending}
         rows |= {s.name: done[s.name].rows_dead for s in dead}
         note(f"{len(pending)} of {len(inputs)} shards to do; engine log: {workspace.log_path('engine')}")
@@ -423,16 +416,6 @@ def engine_cpus(engine: EngineConfig, config: GenerateConfig) -> float:
     if isinstance(engine, VllmEngineConfig) and not config.engine_gpus:
         return float(engine.threads or os.cpu_count() or 1)
     return 1.0
-
-
-def _with_released_pools(recipe: Recipe, workspace: Workspace) -> DecodingConfig:
-    """The recipe's decoding, with the current release's pools unless it names its own."""
-    decoding, engine, release = recipe.decoding, recipe.engine, current_release(workspace)
-    if decoding.mode == "off" or decoding.pools or release is None or not isinstance(engine, VllmEngineConfig):
-        return decoding
-    pools, reason = find_pools(workspace, release, engine.model_identity)
-    note(reason)
-    return decoding.model_copy(update={"pools": pools})
 
 
 def encode(recipe: Recipe, workspace: Workspace) -> Card:
@@ -535,31 +518,6 @@ def publish(recipe: Recipe, workspace: Workspace) -> Card:
             )
         note(f"release {manifest.name} is current: {workspace.path('releases', manifest.name)}")
         counts: Counts = {f"knowledge_{k}": n for k, n in manifest.knowledge.items()}
-        pools = _write_pools(recipe, workspace, encoded, manifest.name)
-        counts |= {f"pool_tokens_{kind}": pools[kind] for kind in KINDS if kind in pools}
-        counts |= {"pools": len(pools)} if pools else {}
         return counts, {"release": manifest.name}
 
     return execute(workspace, "publish", named, "an immutable release", body)
-
-
-def _write_pools(recipe: Recipe, workspace: Workspace, encoded: Card, release: str) -> dict[str, int]:
-    """Retrieval pools of the release's texts, for the next generation's drafts; returns tokens by pool."""
-    engine = recipe.engine
-    if recipe.decoding.mode == "off" or not isinstance(engine, VllmEngineConfig):
-        return {}
-    if not workspace.local:
-        note("no retrieval pools: engines map them into memory, so they need a local or mounted workspace")
-        return {}
-    root, cohorts = workspace.local_path(FOLDER, release), cohorts_folder(recipe, workspace)
-    written = write_release_pools(
-        root,
-        iterate_knowledge(workspace, encoded.outputs["knowledge"]),
-        load_tokenizer(engine.model, engine.revision),
-        identity=engine.model_identity,
-        max_tokens=POOL_TOKENS,
-        cohorts_of=CohortNames(workspace, cohorts) if cohorts else None,
-    )
-    kinds = ", ".join(f"{name} {n:,} tokens" for name, n in written.items() if name in KINDS)
-    note(f"retrieval pools: {len(written)} ({kinds or 'no texts'}): {root}")
-    return written

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -33,7 +33,6 @@ from owlrec.refresh.apply import (
     settle,
     tidy,
     too_many_dead,
-    with_latest_pools,
 )
 from owlrec.refresh.plan import Moved, RefreshPlanner
 from owlrec.refresh.state import (
@@ -272,8 +271,6 @@ class Refresh:
         if pending or again:
             rows = {s.name: workspace.count_rows(job.input_file(s)) for s in pending}
             rows |= {s.name: done[s.name].rows_dead for s in again}
-            drafting = replace(job, decoding=with_latest_pools(workspace, recipe.engine, recipe.decoding))
-            stage = GenerateStage(drafting, recipe.engine, stage.name)
             with progress("renewing", sum(rows.values())) as advance:
                 watch = ShardWatch(advance, workspace.log_path("shards"), rows)
                 self.signals.arm()
