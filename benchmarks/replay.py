@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from owlrec.generation.models import PACKAGED, load_tokenizer
+from owlrec.generation.engines import PACKAGED, load_tokenizer
 
 from benchmarks.controller import curves
 from benchmarks.table import Figure, options_parser, show

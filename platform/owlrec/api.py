@@ -102,7 +102,7 @@ def drafting(
 ) -> dict[str, Any]:
     """Keyword arguments that enable the retrieval decoder in a `vllm.LLM`: `LLM(name, **owlrec.drafting("texts.csv"))`.
 
-    texts: what to draft from: a CSV, JSON lines or Parquet file, a pandas or Arrow table with a column `text` (and,
+    texts: what to draft from: a CSV or JSON lines file, a pandas or Arrow table with a column `text` (and,
     optionally, `pool` and `id`), a sequence of texts, or a workspace or recipe, whose current release has texts (in
     pools named after the kind). Without texts, finished answers serve as drafts for later ones. mode: strict changes no
     answer; relaxed accepts more drafts by DARE's rule (`min_prob`). settings: more keys of a recipe's `decoding`.

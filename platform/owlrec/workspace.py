@@ -9,7 +9,7 @@
     releases/<name>/                     immutable; releases/CURRENT names the current one
     refresh/<fingerprint>/               inputs and results of a refresh; refresh/CURRENT names the last one
     refresh/items/                       rows of the items table that came after `prepare`
-    ctr/, pools/, reports/, logs/        trained models, retrieval pools, files for people
+    ctr/, reports/, logs/                trained models, files for people
     <artifact>/cards/<kind>/00000000.json    "this shard is done" (owlrec.shards)
     stages/<stage>.json                  "this stage is done"
     forgotten/<run>/                     forgotten users as keyed hashes, and reports of erasures (owlrec.workspace)

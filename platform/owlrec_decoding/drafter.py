@@ -177,7 +177,7 @@ class RetrievalProposer:
 
     def begin_step(self, scheduled: Mapping[str, int]) -> None:
         """Before a step's forward pass. scheduled: drafts that it verifies, by request."""
-        self._scheduled, self._rows = None, None
+        self._scheduled, self._rows, self._verifier.rules = None, None, None
         if scheduled:
             rows, known = self.rows(), self.requests
             self._scheduled = np.array([scheduled.get(i, 0) for i in self._runner.input_batch.req_ids], np.int64)

@@ -84,7 +84,7 @@ def drafting(
 ) -> dict[str, Any]:
     """Keyword arguments that enable the decoder in a `vllm.LLM`: `LLM(name, **drafting("answers.csv"))`.
 
-    texts: what to draft from: a CSV, JSON lines or Parquet file, a pandas or Arrow table, or a sequence of texts. A
+    texts: what to draft from: a CSV or JSON lines file, a pandas or Arrow table, or a sequence of texts. A
     table has a column `text` and, optionally, `pool` (requests name theirs; "default" serves all) and `id` (an integer:
     a request's own earlier text). Without texts, finished answers serve as drafts for later ones. mode: strict changes
     no answer; relaxed accepts more drafts by DARE's rule (`min_prob`). settings: more fields of DecodingConfig.

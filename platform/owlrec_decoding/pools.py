@@ -50,12 +50,12 @@ class Text(NamedTuple):
 
 
 def read_texts(path: str | Path) -> list[Text]:
-    """The rows of a CSV, JSON lines or Parquet file with a column `text` and, optionally, `id` (integers) and `pool`.
+    """The rows of a CSV or JSON lines file with a column `text` and, optionally, `id` (integers) and `pool`.
 
     Raises DecodingError if the file cannot be read, has another ending, or lacks the column.
     """
     file = Path(path)
-    readers = {".csv": _read_csv, ".jsonl": _read_json_lines, ".parquet": _read_parquet}
+    readers = {".csv": _read_csv, ".jsonl": _read_json_lines}
     if file.suffix not in readers:
         raise DecodingError(f"texts: {file} is not one of {', '.join(readers)}. Convert it, or pass a frame.")
     try:
@@ -83,17 +83,6 @@ def _read_csv(file: Path) -> list[dict[str, Any]]:
 def _read_json_lines(file: Path) -> list[dict[str, Any]]:
     with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.strip()]
-
-
-def _read_parquet(file: Path) -> list[dict[str, Any]]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise DecodingError(f"texts: reading {file} needs pyarrow. Run: pip install pyarrow") from None
-    wanted = ("text", "id", "pool")
-    names = pyarrow.parquet.read_schema(file).names
-    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(file, columns=[n for n in wanted if n in names]).to_pylist()
-    return rows
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:

@@ -104,12 +104,13 @@ def row_rules(rules: Sequence[Relaxation | None]) -> RowRules:
 class Verifier(RejectionSampler):
     """vLLM's rejection sampler with a fast path for greedy batches, and the relaxed rule.
 
-    rules: of the rows of a step with drafts, which the worker sets before it. verdict: of the last step.
+    rules: of the rows of a step, which the worker sets before it; None if no drafts are verified. verdict: of the last
+    step.
     """
 
     def __init__(self, sampler: Any, spec_config: Any, device: torch.device) -> None:
         super().__init__(sampler, spec_config, device)
-        self.rules = row_rules([])
+        self.rules: RowRules | None = None
         self.verdict = Verdict(np.zeros(0, np.int64), np.zeros(0, np.int64))
         self.seconds = 0.0  # time spent here since the start
         # For this step, on the slow path, [n_draft]: tokens, and whether only the relaxed rule accepts them.
@@ -155,6 +156,8 @@ class Verifier(RejectionSampler):
         logits = super().apply_logits_processors(logits, sampling_metadata, metadata)
         counts = np.asarray(metadata.num_draft_tokens, dtype=np.int64)
         self._only_relaxed = np.zeros(len(logits), dtype=bool)
+        if self.rules is None:
+            return logits
         rules = self.rules.by_draft(counts)
         relaxing = rules.k > 1
         if not sampling_metadata.all_greedy:
@@ -178,8 +181,9 @@ class Verifier(RejectionSampler):
         place = np.arange(len(draft)) + np.repeat(np.arange(len(counts)), counts)
         exact = (draft >= 0) & (likeliest[place] == draft)
         passed = exact
-        if (self.rules.k > 1).any():
-            passed = exact | self._relaxed_too(logits, top, draft, place, exact, counts)
+        if self.rules is not None and (self.rules.k > 1).any():
+            rules = self.rules.by_draft(counts)
+            passed = exact | self._relaxed_too(logits, top, draft, place, exact, counts, rules)
         accepted = _first_failures(passed, counts)
         output = np.full((len(counts), metadata.max_spec_len + 1), _NO_TOKEN, dtype=np.int32)
         column = np.arange(metadata.max_spec_len + 1)
@@ -197,10 +201,10 @@ class Verifier(RejectionSampler):
         place: np.ndarray,
         exact: np.ndarray,
         counts: np.ndarray,
+        rules: RowRules,
     ) -> np.ndarray:
         """bool [n_draft]: tokens that only the relaxed rule accepts. Skips those after a token that certainly
         fails."""
-        rules = self.rules.by_draft(counts)
         failed = np.flatnonzero(~exact & (draft >= 0) & (rules.k > 1))
         rows, tokens = (torch.from_numpy(a).to(logits.device) for a in (place[failed], draft[failed]))
         # The ratio to the most likely token bounds a probability from above without a sum over the vocabulary.

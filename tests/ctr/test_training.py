@@ -1,4 +1,4 @@
-"""A grid trained by two Ray Train workers: what it writes, what a rerun skips, and how a worker's complaint arrives."""
+"""A grid: what it writes, what a rerun skips; and two Ray Train workers: one killed, and how a complaint arrives."""
 
 import signal
 import threading
@@ -17,7 +17,6 @@ from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.runs.models import vector_folders
 from owlrec.workspace import Workspace
 
-pytestmark = pytest.mark.ray
 CONFIG = CTRConfig(batch_size=256, learning_rate=0.01, epochs=4, embed_dim=8, hidden_dims=(16, 8))
 FINGERPRINT = "c0ffee" * 10
 KINDS = ("user", "item")
@@ -32,7 +31,13 @@ def prepare(workspace: Workspace, world: Any) -> None:
 
 
 def train(
-    workspace: Workspace, grid: list[Trial], seen: list[TrialResult], config: CTRConfig = CONFIG, **options: int
+    workspace: Workspace,
+    grid: list[Trial],
+    seen: list[TrialResult],
+    config: CTRConfig = CONFIG,
+    *,
+    here: bool = False,
+    **options: int,
 ) -> list[TrialResult]:
     return train_trials(
         workspace,
@@ -42,19 +47,20 @@ def train(
         fingerprint=FINGERPRINT,
         attributes=("genres",),
         profile=("gender",),
-        workers=WorkersConfig(num_workers=2),
+        workers=WorkersConfig(num_workers=1 if here else 2),
+        here=here,
         on_trial=seen.append,
         **options,
     )
 
 
 def test_grid_is_trained_once_announced_and_resumed(
-    ray_local: None, workspace: Workspace, toy_world: Any, capfd: pytest.CaptureFixture[str]
+    workspace: Workspace, toy_world: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     prepare(workspace, toy_world)
-    handler, threads = signal.getsignal(signal.SIGINT), threading.active_count()
+    threads = threading.active_count()
     seen: list[TrialResult] = []
-    results = train(workspace, GRID[:2], seen)
+    results = train(workspace, GRID[:2], seen, here=True)
     assert [r.trial for r in results] == GRID[:2]
     assert seen == results
     assert results[0].test.auc > 0.95
@@ -70,17 +76,15 @@ def test_grid_is_trained_once_announced_and_resumed(
 
     weights = workspace.read_bytes(f"{folder}/dcnv2/knowledge/seed-0/model.safetensors")
     workspace.delete_file(f"{folder}/din/none/seed-0/result.json")
-    again = train(workspace, GRID, seen)
+    again = train(workspace, GRID, seen, here=True)
     assert [r.trial for r in again] == GRID
     assert again[0] == results[0]
     assert again[1].test == results[1].test
     assert [r.trial for r in seen[2:]] == GRID[1:]
     assert workspace.read_bytes(f"{folder}/dcnv2/knowledge/seed-0/model.safetensors") == weights
 
-    assert train(workspace, GRID, seen) == again  # nothing is pending: no worker group starts
+    assert train(workspace, GRID, seen) == again  # nothing is pending: no worker group starts, and Ray is not there
     assert len(seen) == 4
-    assert workspace.names("ctr", "ray") == []
-    assert signal.getsignal(signal.SIGINT) is handler
     assert threading.active_count() <= threads
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")
@@ -102,11 +106,13 @@ def _kill_a_worker_after(path: str, workspace: Workspace, killed: list[int]) -> 
     return thread
 
 
+@pytest.mark.ray
 def test_a_killed_workers_group_goes_on_at_the_next_sample(
-    ray_local: None, workspace: Workspace, toy_world: Any
+    ray_local: None, workspace: Workspace, toy_world: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Two workers and one see the same batches; a kill changes nothing of what the two find."""
     prepare(workspace, toy_world)
+    handler = signal.getsignal(signal.SIGINT)
     trial, config = GRID[0], CONFIG.model_copy(update={"batch_size": 8, "epochs": 2, "learning_rate": 0.002})
     one = train_one(trial, toy_world.data, config)
     killed: list[int] = []
@@ -119,8 +125,13 @@ def test_a_killed_workers_group_goes_on_at_the_next_sample(
     assert result.epochs == one.result.epochs
     assert result.test.auc == pytest.approx(one.result.test.auc, abs=0.003)
     assert not workspace.exists(path)
+    assert workspace.names("ctr", "ray") == []
+    assert signal.getsignal(signal.SIGINT) is handler
+    printed = capfd.readouterr()
+    assert (printed.out, printed.err) == ("", "")
 
 
+@pytest.mark.ray
 def test_a_workers_complaint_arrives_as_it_was_raised(ray_local: None, workspace: Workspace, toy_world: Any) -> None:
     prepare(workspace, toy_world)
     workspace.delete_dir("vectors")

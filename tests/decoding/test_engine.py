@@ -146,11 +146,12 @@ def test_a_bad_rule_of_one_request_is_verified_strictly(llama: Decoder) -> None:
 def test_finished_texts_draft_for_later_ones_unless_they_were_relaxed(tmp_path: Path) -> None:
     decoder = Decoder(tiny_model(tmp_path / "model", "Llama"), DecodingConfig(mode="strict"), DraftLimits(max_draft=6))
     try:
+        decoder.open("cohort", [])
         plain = token_lists(decoder.run(prompts(4), "off", ["cohort"]))
         again = decoder.run(prompts(4), "strict", ["cohort"])
         assert token_lists(again) == plain
         assert sum(o.counts[1] for o in again) > 80  # of 160 tokens
-        assert decoder.counts()["hits_named"] > 0
+        assert decoder.counts()["hits_live"] > 0
         decoder.run([[2, 3]], "off", max_tokens=1)  # finished requests are taken in with the next step
         before = decoder.counts()["tokens_live"]
         loose = {"owlrec_k": VOCAB, "owlrec_min_prob": 0.0}

@@ -82,6 +82,7 @@ def teach(decoder: Decoder, asked: Sequence[Sequence[int]], plain: Sequence[Any]
 def ask_both_ways(decoder: Decoder, asked: Sequence[Sequence[int]], **params: Any) -> list[Any]:
     """Asks plainly, then with drafts, and checks that the answers and the counts are right. Returns the second
     answers."""
+    decoder.learn("elsewhere", [])
     plain = decoder.run(asked, "off", ["elsewhere"], **params)  # finished texts would teach the default pool
     ids = decoder.ask(asked, "strict", [teach(decoder, asked, plain)], **params)
     while decoder.engine.has_unfinished_requests():
@@ -246,7 +247,7 @@ def test_aborted_request_leaves_the_others_their_texts(decoder: Decoder) -> None
     assert_same([decoder.done[id_] for id_ in late], plain[:2])
     assert_counted_as_seen(decoder, [*ids, *late])
     decoder.run(prompts(1), max_tokens=1)  # finished requests are taken in with the next step
-    assert len(decoder.proposer.requests) <= 1
+    assert len(decoder.proposer.requests.slots) <= 1
 
 
 def test_chunked_prefill(model: str) -> None:
@@ -268,6 +269,7 @@ def test_preempted_requests_are_resumed_where_they_were(model: str) -> None:
     try:
         for length in (28, 30, 33):  # such that a request is resumed one token behind its cache, and padded
             asked = prompts(6, length)
+            decoder.learn("elsewhere", [])
             plain = [decoder.run([p], "off", ["elsewhere"], max_tokens=70)[0] for p in asked]
             before = len(decoder.steps)
             ids = decoder.ask(asked, "strict", [teach(decoder, asked, plain)], max_tokens=70)

@@ -178,7 +178,9 @@ class Decoder:
         self.call("owlrec_open_pool", pool, build_pool(texts, ids).to_bytes())
 
     def learn(self, pool: str, texts: Sequence[Sequence[int]]) -> None:
-        """Puts texts into the live tier of a pool."""
+        """Puts texts into the live tier of a pool, a new one if there is none of that name."""
+        if not self.proposer.pools.known(pool):
+            self.open(pool, [])
         for text in texts:
             self.proposer.pools.insert(pool, list(text))
 

@@ -15,7 +15,7 @@ from owlrec.shards import Artifact, Shard, finished_stage
 from owlrec.storage import Pointer
 from owlrec.workspace import Workspace
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray]
+pytestmark = pytest.mark.e2e
 
 
 def write_recipe(path: Path, workspace: Path, users: int) -> Path:
@@ -54,9 +54,7 @@ def calls(workspace: Workspace) -> tuple[int, int]:
     return sum(c.rows_in for c in cards.values()), sum(int(c.counts["rows_asked"]) for c in cards.values())
 
 
-def test_a_cohort_s_text_serves_its_members(
-    ray_local: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_cohort_s_text_serves_its_members(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "ws"
     recipe = write_recipe(tmp_path / "recipe.yaml", folder, 120)
     run(recipe)

@@ -49,9 +49,7 @@ def write_shop(folder: Path, outcome: str) -> None:
     ("outcome", "scenario", "rule"),
     [("clicks", "news", ""), ("impressions", "ads", ""), ("plays", "music", "labels: {rule: positives_only}")],
 )
-def test_a_log_without_grades_runs_to_the_report(
-    outcome: str, scenario: str, rule: str, tmp_path: Path, ray_local: None
-) -> None:
+def test_a_log_without_grades_runs_to_the_report(outcome: str, scenario: str, rule: str, tmp_path: Path) -> None:
     write_shop(tmp_path / "shop", outcome)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(

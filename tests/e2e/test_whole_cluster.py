@@ -62,7 +62,7 @@ def test_from_ratings_to_answers_over_http(echo_recipe: Path, tmp_path: Path, he
     assert knowledge_rows(tmp_path / "ws") == rows_of_the_local_command(plain_recipe, tmp_path / "local")
     # A driver that joined the head has a Ray job id; one that started a cluster of its own inside the job has none, nor
     # has one of a stage that takes seconds.
-    assert all(j["job_id"] for j in head.jobs() if "owlrec ctr train" in j["entrypoint"])
+    assert all(j["job_id"] for j in head.jobs() if "owlrec ranker tune" in j["entrypoint"])
 
     url = deploy(head, python, tmp_path)
     wait_until(lambda: answers(url), 120, "the application")
@@ -81,7 +81,7 @@ def test_from_ratings_to_answers_over_http(echo_recipe: Path, tmp_path: Path, he
 
 
 def test_what_cannot_run_is_refused_before_it_starts(echo_recipe: Path, head: Head) -> None:
-    before = len([j for j in head.jobs() if "-m owlrec" in j["entrypoint"]])
+    before = len([j for j in head.jobs() if "-m owlrec " in j["entrypoint"]])  # the preflight's are "-m owlrec.ops…"
     asking = echo_recipe.with_name("gpu.yaml")
     asking.write_text(echo_recipe.read_text() + "generate: {engine_gpus: 1}\n")
     commands = (
@@ -93,7 +93,7 @@ def test_what_cannot_run_is_refused_before_it_starts(echo_recipe: Path, head: He
     assert (nowhere.returncode, no_gpu.returncode) == (1, 1)
     assert "error: /proc/nowhere cannot be used from" in nowhere.stderr
     assert "generate.engine_gpus asks for 1 x 1 GPU; the cluster has 0" in no_gpu.stderr
-    assert len([j for j in head.jobs() if "-m owlrec" in j["entrypoint"]]) == before
+    assert len([j for j in head.jobs() if "-m owlrec " in j["entrypoint"]]) == before
 
 
 def test_standard_library_platform_wins_in_a_task_with_working_dir(head: Head, python: Path) -> None:

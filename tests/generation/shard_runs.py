@@ -15,8 +15,8 @@ ECHO = EchoEngineConfig(type="echo")
 class StageWithEngine(GenerateStage):
     """The stage with an engine that stands already."""
 
-    def __init__(self, job: GenerationJob, engine: Engine) -> None:
-        super().__init__(job, ECHO)
+    def __init__(self, job: GenerationJob, engine: Engine, **more: Any) -> None:
+        super().__init__(job, ECHO, **more)
         self.ready_engine = engine
 
     def open(self, workspace: Workspace, worker: str) -> None:

@@ -247,10 +247,7 @@ def test_training_takes_soft_labels_of_its_own_tables_and_pairs_only(
         soft_labels(shop, workspace, later)
 
 
-@pytest.mark.ray
-def test_a_grid_learns_from_soft_labels_and_is_another_one(
-    ray_local: None, shop: Recipe, workspace: Workspace, tmp_path: Path
-) -> None:
+def test_a_grid_learns_from_soft_labels_and_is_another_one(shop: Recipe, workspace: Workspace, tmp_path: Path) -> None:
     """Half of the labels are 1, and the LLM says at most .2: a model that learns from it alone says so, too."""
     ctr = {"backbones": ["dcnv2"], "arms": ["none"], "seeds": [0], "epochs": 2, "learning_rate": 0.02}
 

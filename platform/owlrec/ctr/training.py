@@ -1,5 +1,5 @@
-"""Trains a grid of trials with Ray Train; no other file of this package uses Ray. LoRA tuning (`ranking.lora`) also
-uses `fit_workers` and `this_worker`.
+"""Trains a grid of trials: in this process if that takes seconds, else with Ray Train; no other file of this package
+uses Ray. LoRA tuning (`ranking.lora`) also uses `fit_workers` and `this_worker`.
 
 One worker group trains all pending trials one after another, since starting a group takes about ten seconds, more
 than a small trial. Each trial is exported right after training, its result.json last, and a trial with a
@@ -30,6 +30,8 @@ _COLLECTIVE_TIMEOUT_S = 300
 _START_ATTEMPTS = 15
 _POLL_S = 0.5
 _ROWS_HERE = 5_000_000
+# Rows times epochs times trials that train in this process: seconds, where starting a group of workers takes ten.
+_ROW_EPOCHS_HERE = 500_000
 
 
 # Restarts after a lost worker: spot machines are lost several times in a long run, and an error that repeats
@@ -78,11 +80,13 @@ def train_trials(
     pool: Pool | None = None,
     max_failures: int = MAX_FAILURES,
     checkpoint_steps: int = CHECKPOINT_STEPS,
+    here: bool = False,
     on_trial: Callable[[TrialResult], None],
 ) -> list[TrialResult]:
     """Trains those of `trials` without a result, from the tables users, items and samples.
 
-    Ray must be initialized. Worker output goes to the workspace's log file `train_ctr`.
+    here: in this process, on a CPU. Otherwise Ray must be initialized, and worker output goes to the workspace's log
+    file `train_ctr`.
     knowledge: source ("knowledge", "collective", ...; see `arm_sources`) -> side ("user", "item") -> folder of
     its vectors (VectorShards). Unneeded ones are ignored.
     fingerprint: of everything that determines a result; its first 16 digits name the grid's folder under ctr/.
@@ -114,7 +118,10 @@ def train_trials(
         )
         encode_once(workspace, spec, pool)
         with _announcing(workspace, spec, on_trial):
-            fit_workers(workspace, _train_pending, spec, name=f"ctr/ray/{fingerprint[:8]}")
+            if here:
+                _train_all(workspace, spec, lone_worker(spec.threads))
+            else:
+                fit_workers(workspace, _train_pending, spec, name=f"ctr/ray/{fingerprint[:8]}")
         workspace.delete_dir(grid_folder(fingerprint), ENCODED)
     return finished_trials(workspace, fingerprint, trials)
 
@@ -172,16 +179,27 @@ def this_worker(threads: int | None) -> Worker:
     return Worker(context.get_world_rank(), context.get_world_size(), str(get_device()))
 
 
+def lone_worker(threads: int | None) -> Worker:
+    """This process as the only worker. torch gets `threads`, or for None the machine's cores."""
+    import torch
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    return Worker()
+
+
 def _train_pending(loop_config: dict[str, Any]) -> None:
     """Main function of each worker."""
     workspace: Workspace = loop_config["workspace"]
     redirect_output(workspace.log_path("train_ctr"))
+    spec = GridSpec.model_validate(loop_config["spec"])
+    _train_all(workspace, spec, this_worker(spec.threads))
+
+
+def _train_all(workspace: Workspace, spec: GridSpec, worker: Worker) -> None:
     from owlrec.ctr.dataset import WarmStart
     from owlrec.ctr.trainer import CheckpointFile, export_trial, keep_freed_memory, train_one
 
     keep_freed_memory()
-    spec = GridSpec.model_validate(loop_config["spec"])
-    worker = this_worker(spec.threads)
     # After a restart some trials are done. All ranks see the same ones: none is exported before every rank joins its
     done = {result.trial for result in finished_trials(workspace, spec.fingerprint, spec.trials)}
     data = load_data(workspace, spec)
@@ -222,6 +240,12 @@ def load_data(workspace: Workspace, spec: GridSpec) -> Any:
 
     features = open_features(workspace, grid_folder(spec.fingerprint))
     return TrainingData(features, open_tables(workspace, spec.knowledge))
+
+
+def trains_here(config: CTRConfig, workers: WorkersConfig, trials: int, rows: int) -> bool:
+    """Whether so many trials over this many rows take less time than starting a group of workers."""
+    alone = workers.num_workers == 1 and not workers.use_gpu
+    return alone and not needs_ray(rows) and rows * config.epochs * trials <= _ROW_EPOCHS_HERE
 
 
 def needs_ray(rows: int) -> bool:

@@ -160,7 +160,7 @@ def _usable(vectors: np.ndarray) -> np.ndarray:
 # Each level codes the residual of the levels before it, so vectors with a common prefix are alike (TIGER, NeurIPS 2023,
 # sec. 3.1; AutoGraph, KDD 2025, codes LLM knowledge this way, with 3 levels of 256). The codebooks come from k-means,
 # not from an RQ-VAE, which gains little in the comparisons we know and is less stable to train. Three codes of 8 bits
-# represent a vector of kilobytes: in a store, as a categorical feature, or to choose a retrieval pool.
+# represent a vector of kilobytes: in a store or as a categorical feature.
 
 
 # --------------------------------------------------------------------------------------------------------- packed codes

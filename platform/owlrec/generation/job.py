@@ -2,9 +2,10 @@
 
 import asyncio
 import hashlib
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +17,6 @@ from pydantic import Field, PositiveInt, field_validator
 from owlrec.config import Config
 from owlrec.errors import EngineError, WorkspaceError
 from owlrec.generation import EngineConfig, build_engine, engine_fingerprint
-from owlrec.generation.earlier_texts import EarlierTexts
 from owlrec.generation.engines import (
     BadRow,
     Completion,
@@ -346,12 +346,45 @@ class Outcome:
         return [name for name, did in happened.items() if did] if self.first_flags else []
 
 
+class EarlierTexts(ABC):
+    """Texts that rows are drafted from, for the shards of one engine."""
+
+    @abstractmethod
+    def offered(
+        self,
+        engine: Engine,
+        shard: str,
+        kind: Kind,
+        ids: Sequence[int],
+        cohorts: Mapping[int, Sequence[str]],
+        own: Mapping[int, str],
+    ) -> AbstractAsyncContextManager[Mapping[int, list[str]]]:
+        """The names of the pools of each row, by id, which the engine keeps for the block.
+
+        shard: its name. cohorts: names by id. own: the newest texts of some ids.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes what it reads from."""
+
+
 class GenerateStage(Stage):
     """Texts of a job, with one engine per worker."""
 
-    def __init__(self, job: GenerationJob, engine: EngineConfig, name: str = "generate") -> None:
+    def __init__(
+        self,
+        job: GenerationJob,
+        engine: EngineConfig,
+        name: str = "generate",
+        *,
+        earlier_texts: Callable[[Workspace, bool], EarlierTexts] | None = None,
+    ) -> None:
+        """earlier_texts: opens the texts to draft from in a workspace, if the job drafts; the second argument says
+        whether to leave out relaxed ones."""
         self.name, self.folder = name, job.folder
         self.job, self.engine_config = job, engine
+        self._open_earlier = earlier_texts
         self._engine: Engine | None = None
         self._earlier: EarlierTexts | None = None
         self._metrics: DecoderMetrics | None = None
@@ -361,8 +394,8 @@ class GenerateStage(Stage):
         """See Stage.open."""
         self._catalog = ItemCatalog.load(workspace) if "user" not in self.job.ready else None
         self._engine = build_engine(self.engine_config, self.job.decoding)
-        if self.job.decoding.mode != "off":
-            self._earlier = EarlierTexts(workspace, relaxed=self.job.decoding.mode == "relaxed")
+        if self._open_earlier is not None and self.job.decoding.mode != "off":
+            self._earlier = self._open_earlier(workspace, self.job.decoding.mode == "relaxed")
         if self._engine.counters is not None and on_ray():
             self._metrics = DecoderMetrics(worker)
 

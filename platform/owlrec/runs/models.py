@@ -1,7 +1,7 @@
 """The stages of models: the CTR grid and its export, the LLM ranker and its probabilities."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from owlrec.ctr import artifact as artifacts
@@ -39,7 +39,15 @@ from owlrec.ctr.experiment import (
 from owlrec.ctr.features import encode_items
 from owlrec.ctr.knowledge_tables import arm_parts, arm_sources, stored_sources
 from owlrec.ctr.trainer import read_vocabularies, tables_of
-from owlrec.ctr.training import GridSpec, encode_once, load_data, needs_ray, stage_pool, train_trials
+from owlrec.ctr.training import (
+    GridSpec,
+    encode_once,
+    load_data,
+    needs_ray,
+    stage_pool,
+    train_trials,
+    trains_here,
+)
 from owlrec.encoding.compression import Projection
 from owlrec.encoding.vectors import partitions_folder
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
@@ -107,8 +115,10 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
         projection = going_on_from(workspace, warm_start, grid, written) if warm_start else None
         taught = f" and {soft.counts['pairs']:,} probabilities of the LLM" if soft else ""
         note(f"{len(grid)} trials on {prepared.counts['samples_train']:,} samples{taught}")
-        with ray_session(recipe.ray, workspace.log_path("ray")), progress("training", len(grid), "trials") as advance:
-            pool = stage_pool(workspace, int(prepared.counts["samples"]))
+        here = trains_here(recipe.ctr, recipe.training, len(grid), int(prepared.counts["samples"]))
+        session = nullcontext() if here else ray_session(recipe.ray, workspace.log_path("ray"))
+        with session, progress("training", len(grid), "trials") as advance:
+            pool = Pool() if here else stage_pool(workspace, int(prepared.counts["samples"]))
             results = train_trials(
                 workspace,
                 recipe.ctr,
@@ -121,6 +131,7 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
                 soft_labels=soft.outputs["soft_labels"] if soft else None,
                 warm_start=warm_start,
                 pool=pool,
+                here=here,
                 on_trial=lambda result: advance(1),
             )
         for row in summarize(results):

@@ -47,6 +47,7 @@ from owlrec.ops.console import ShardWatch, note, progress, stage_header
 from owlrec.prompting.prompts import cohort_prompts, collective_fingerprint, prompts_table
 from owlrec.recipe import Recipe
 from owlrec.releases.build import PART_IDS, ReleaseInfo, ShardRows, publish_rows
+from owlrec.releases.earlier_texts import ReleasedTexts
 from owlrec.releases.release import current_release
 from owlrec.runner import Pool, Stage, pending_shards, run_stage
 from owlrec.runs import STAGES
@@ -351,7 +352,7 @@ def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) 
             note(f"{sum(rows[s.name] for s in dead)} dead rows of {len(dead)} shards to retry")
         with progress("writing knowledge", sum(rows.values()), hourly_cost=recipe.generate.hourly_cost) as advance:
             on_card = ShardWatch(advance, workspace.log_path("shards"), rows)
-            stage = GenerateStage(job, recipe.engine)
+            stage = GenerateStage(job, recipe.engine, earlier_texts=ReleasedTexts)
             cards = write_texts(recipe, workspace, stage, inputs, rows, on_card, done=done, again=dead)
         if counters := decoder_counters(c for name, c in cards.items() if name in rows):
             note(f"decoder: {counters.summary}")

@@ -47,6 +47,7 @@ from owlrec.refresh.state import (
     write_state,
 )
 from owlrec.releases.build import PART_IDS
+from owlrec.releases.earlier_texts import ReleasedTexts
 from owlrec.releases.redis import RedisReleases
 from owlrec.releases.release import pointer as release_pointer
 from owlrec.runner import Pool, Result, Stage, Work, pending_shards, run_stage
@@ -240,7 +241,8 @@ class Refresh:
         release_pointer(self.workspace).refuse_hold()  # before paying for answers
         job = build_job(recipe.domain, recipe.prompts, recipe.sampling, recipe.engine, recipe.decoding, recipe.quality)
         job = job_of_plan(job, plan)
-        texts = self._ask(moved, GenerateStage(job, recipe.engine, "refresh")) if moved.prompts else {}
+        stage = GenerateStage(job, recipe.engine, "refresh", earlier_texts=ReleasedTexts)
+        texts = self._ask(moved, stage) if moved.prompts else {}
         self.signals.check()
         if not moved.behaviors and not any(card.rows_out for card in texts.values()):
             return Renewed(plan.parent, job.folder)

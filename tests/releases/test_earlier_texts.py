@@ -7,17 +7,18 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from release_rows import publish_rows, tables, texts  # type: ignore[import-not-found]
-from shard_runs import run_shard, texts_file
+from shard_runs import StageWithEngine, texts_file  # type: ignore[import-not-found]
 
 from owlrec.generation import EchoEngineConfig
-from owlrec.generation import earlier_texts as module
-from owlrec.generation.earlier_texts import EarlierTexts
 from owlrec.generation.engines import Completion, Engine, SamplingConfig
 from owlrec.generation.job import build_job, table_inputs
 from owlrec.ids import Kind
 from owlrec.prompting.prompts import PromptConfig
+from owlrec.releases import earlier_texts as module
 from owlrec.releases.build import ReleaseInfo, publish
+from owlrec.releases.earlier_texts import ReleasedTexts
 from owlrec.releases.release import current_release
+from owlrec.runner import run_stage
 from owlrec.scenario import get_scenario
 from owlrec.workspace import Workspace
 from owlrec_decoding import DecodingConfig
@@ -51,7 +52,7 @@ class Recording(Engine):
 
 
 def offered(
-    earlier: EarlierTexts,
+    earlier: ReleasedTexts,
     engine: Recording,
     ids: Sequence[int],
     *,
@@ -77,7 +78,7 @@ def released(request: pytest.FixtureRequest, workspace: Workspace) -> Workspace:
 
 def test_a_row_finds_its_own_text_its_cohorts_and_a_sample_of_its_kind(released: Workspace) -> None:
     engine, cohorts = Recording(), {1: ["a"], 2: ["a", "b", "c"], 9: ["a"]}
-    pools, open_ = offered(EarlierTexts(released, relaxed=False), engine, [1, 2, 9], cohorts=cohorts)
+    pools, open_ = offered(ReleasedTexts(released), engine, [1, 2, 9], cohorts=cohorts)
     assert pools == {
         1: ["shard a", "shard", "user"],
         2: ["shard a", "shard b", "shard", "user"],
@@ -94,19 +95,19 @@ def test_a_row_finds_its_own_text_its_cohorts_and_a_sample_of_its_kind(released:
 def test_a_delta_renews_what_is_drafted_from(workspace: Workspace) -> None:
     first = publish_rows(workspace, "old", texts(OLD))
     publish_rows(workspace, "new", texts({("user", 1): "likes cats"}), delta_of=first.name)
-    _, open_ = offered(EarlierTexts(workspace, relaxed=False), Recording(), [1, 2])
+    _, open_ = offered(ReleasedTexts(workspace), Recording(), [1, 2])
     assert open_["shard"] == {1: "likes cats", 2: "likes peace"}
     assert len(open_["user"]) == 3
 
 
 def test_newer_texts_of_the_job_itself_come_first(released: Workspace) -> None:
-    _, open_ = offered(EarlierTexts(released, relaxed=False), Recording(), [1, 2], own={1: "likes fish", 7: "else"})
+    _, open_ = offered(ReleasedTexts(released), Recording(), [1, 2], own={1: "likes fish", 7: "else"})
     assert open_["shard"] == {1: "likes fish", 2: "likes peace"}
 
 
 def test_the_sample_is_bounded(released: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAMPLE", 2)
-    _, open_ = offered(EarlierTexts(released, relaxed=False), Recording(), [1])
+    _, open_ = offered(ReleasedTexts(released), Recording(), [1])
     assert len(open_["user"]) == 2
 
 
@@ -116,12 +117,12 @@ def test_relaxed_texts_are_not_relaxed_again(workspace: Workspace, relaxed: bool
     at = rows["knowledge"][0].schema.get_field_index("relaxed")
     rows["knowledge"][0] = rows["knowledge"][0].set_column(at, "relaxed", pa.array([3], pa.int32()))
     publish(workspace, **rows, info=ReleaseInfo(fingerprint="f" * 64, model="m", encoder="e"))
-    _, open_ = offered(EarlierTexts(workspace, relaxed=relaxed), Recording(), [1])
+    _, open_ = offered(ReleasedTexts(workspace, relaxed), Recording(), [1])
     assert open_["shard"] == open_["user"] == kept
 
 
 def test_without_a_release_rows_draft_from_what_the_run_writes(workspace: Workspace) -> None:
-    pools, open_ = offered(EarlierTexts(workspace, relaxed=False), Recording(), [1])
+    pools, open_ = offered(ReleasedTexts(workspace), Recording(), [1])
     assert pools == {1: ["shard", "user"]}
     assert open_ == {"shard": {}, "user": {}}
 
@@ -131,7 +132,7 @@ def test_a_release_that_cannot_be_read_costs_no_text(released: Workspace, caplog
     for path in released.entries(f"releases/{name}"):
         if path.startswith("part"):
             released.delete_file(f"releases/{name}/{path}")
-    _, open_ = offered(EarlierTexts(released, relaxed=False), Recording(), [1])
+    _, open_ = offered(ReleasedTexts(released), Recording(), [1])
     assert open_["shard"] == {}
     assert "no drafts" in caplog.text
 
@@ -142,7 +143,8 @@ def test_a_shard_opens_its_texts_before_its_first_request(small_world: Workspace
     job = build_job(get_scenario("movies"), PromptConfig(), SamplingConfig(), echo, decoding)
     shard = next(shard for shard in table_inputs(small_world) if shard.kind == "item")
     engine = Recording()
-    run_shard(small_world, job, shard, engine)
+    stage = StageWithEngine(job, engine, earlier_texts=ReleasedTexts)
+    run_stage(small_world, stage, {shard: "i"})
     assert len(engine.found) == small_world.read_parquet(texts_file(job, shard)).num_rows > 0
     for extra, open_ in engine.found:
         id_ = extra["owlrec_document"]

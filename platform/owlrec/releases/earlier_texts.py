@@ -14,6 +14,7 @@ import numpy as np
 
 from owlrec.errors import OwlRecError
 from owlrec.generation.engines import Engine
+from owlrec.generation.job import EarlierTexts
 from owlrec.ids import Kind
 from owlrec.releases.release import Release, current_release, open_release, read_part_ids
 from owlrec.workspace import Workspace
@@ -23,12 +24,12 @@ _MOST_COHORTS = 2  # of a row: each is one more search per step
 _log = logging.getLogger(__name__)
 
 
-class EarlierTexts:
+class ReleasedTexts(EarlierTexts):
     """Texts of the current release, for the shards of one engine."""
 
-    def __init__(self, workspace: Workspace, *, relaxed: bool) -> None:
-        """relaxed: leave out texts with relaxed tokens: drafted again, they would be relaxed again."""
-        self._workspace, self._relaxed = workspace, relaxed
+    def __init__(self, workspace: Workspace, no_relaxed: bool = False) -> None:
+        """no_relaxed: leave out texts with relaxed tokens: drafted again, they would be relaxed again."""
+        self._workspace, self._no_relaxed = workspace, no_relaxed
         self._release: Release | None = None
         self._opened, self._kinds = False, set[Kind]()
         self._lock = asyncio.Lock()
@@ -43,10 +44,7 @@ class EarlierTexts:
         cohorts: Mapping[int, Sequence[str]],
         own: Mapping[int, str],
     ) -> AsyncIterator[Mapping[int, list[str]]]:
-        """The names of the pools of each row, by id, which the engine keeps for the block.
-
-        shard: its name. cohorts: names by id. own: texts that are newer than the release's.
-        """
+        """See EarlierTexts.offered."""
         async with self._lock:
             if kind not in self._kinds:
                 await engine.open_texts(kind, await asyncio.to_thread(self._sample, kind))
@@ -73,7 +71,7 @@ class EarlierTexts:
                 await engine.close_texts(name)
 
     def close(self) -> None:
-        """Closes the release."""
+        """See EarlierTexts.close."""
         if self._release is not None:
             self._release.close()
             self._release = None
@@ -105,7 +103,7 @@ class EarlierTexts:
             _log.warning("no drafts from release %s: %s", release.name, error)
             return {}
         kept = zip(ids, known, strict=True)
-        return {id_: k.text for id_, k in kept if k and k.text and not (self._relaxed and k.relaxed)}
+        return {id_: k.text for id_, k in kept if k and k.text and not (self._no_relaxed and k.relaxed)}
 
     def _opened_release(self) -> Release | None:
         if not self._opened:
