@@ -48,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Request:
+class _Asked:
     """What a request asked for. pools: those that exist, in search order. ends: tokens that end its text. place: of its
     own earlier text."""
 
@@ -69,7 +69,7 @@ class Requests:
 
     def __init__(self, depth: int) -> None:
         self.slots: dict[str, int] = {}
-        self.about: list[_Request | None] = []
+        self.about: list[_Asked | None] = []
         self._free: list[int] = []
         self.drafting, self.ends = np.zeros(0, bool), np.zeros(0, bool)
         self.min_prob, self.margin = np.zeros(0, np.float32), np.zeros(0, np.float32)
@@ -78,7 +78,7 @@ class Requests:
         self.sources, self.groups = np.zeros((0, _SOURCES, 2), np.int64), np.zeros((0, _SOURCES), np.int64)
         self.cells, self.expected = np.zeros((0, depth), np.int64), np.zeros((0, depth))
 
-    def add(self, id_: str, request: _Request, drafting: bool, rule: Relaxation | None, least: int, most: int) -> int:
+    def add(self, id_: str, request: _Asked, drafting: bool, rule: Relaxation | None, least: int, most: int) -> int:
         """Gives a request a slot."""
         if not self._free:
             self._grow()
@@ -96,7 +96,7 @@ class Requests:
         slot = self.slots[id_]
         return int(self.drafted[slot]), int(self.accepted[slot]), int(self.relaxed[slot])
 
-    def remove(self, id_: str) -> _Request:
+    def remove(self, id_: str) -> _Asked:
         """Frees a request's slot."""
         slot = self.slots.pop(id_)
         request, self.about[slot] = self.about[slot], None
@@ -278,7 +278,7 @@ class RetrievalProposer:
         ends = set(params.all_stop_token_ids) if params is not None else set()
         if len(self._ends) < _MAX_ENDS and not ends <= set(self._ends.tolist()):
             self._ends = np.union1d(self._ends, np.array(list(ends), np.int32))
-        request = _Request(pools, document if isinstance(document, int) else None, ends)
+        request = _Asked(pools, document if isinstance(document, int) else None, ends)
         least = params.min_tokens if params is not None else 0
         most = params.max_tokens if params is not None and params.max_tokens else self.max_model_len
         return self.requests.add(request_id, request, mode != "off", rule, least, most)

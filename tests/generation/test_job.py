@@ -182,7 +182,7 @@ class _Recording(Engine):
         return len(text.split())
 
 
-def test_rows_draft_from_the_pool_of_their_kind_and_from_their_own_earlier_text(small_world: Workspace) -> None:
+def test_rows_name_their_own_earlier_text_and_the_rule(small_world: Workspace) -> None:
     shard = first_shard(small_world)
     engine = _Recording()
     relaxed = job(decoding=DecodingConfig(mode="relaxed", min_prob=0.2))
@@ -190,7 +190,7 @@ def test_rows_draft_from_the_pool_of_their_kind_and_from_their_own_earlier_text(
     table = small_world.read_parquet(texts_file(relaxed, shard))
     assert engine.extras == [
         {
-            "owlrec_pools": ["user"],
+            "owlrec_pools": [],
             "owlrec_document": i,
             "owlrec_mode": "relaxed",
             "owlrec_k": 2,
@@ -207,7 +207,7 @@ def test_rows_draft_from_the_pool_of_their_kind_and_from_their_own_earlier_text(
 
 def test_lossless_drafting_makes_no_other_job_and_a_relaxed_rule_does() -> None:
     plain = job().fingerprint
-    assert plain == job(decoding=DecodingConfig(mode="strict", pools="elsewhere", min_prob=0.5)).fingerprint
+    assert plain == job(decoding=DecodingConfig(mode="strict", min_prob=0.5)).fingerprint
     relaxed = {job(decoding=DecodingConfig(mode="relaxed", min_prob=p)).fingerprint for p in (0.1, 0.2)}
     assert len(relaxed | {plain}) == 3
 
