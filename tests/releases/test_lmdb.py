@@ -162,7 +162,7 @@ def test_the_sample_for_verification_is_bounded_and_spread(tmp_path, monkeypatch
 def test_a_damaged_row_is_an_error_that_names_it(tmp_path, damage):
     store = written(tmp_path / "s.lmdb", knowledge([("user", 5, 1, "five")]))
     [good] = store.values("knowledge", "user", [5])
-    assert good == (1).to_bytes(8, "big") + b"\x00\x03\x00\x02\x00\x00karokfive"
+    assert good == (1).to_bytes(8, "big") + b"\x00\x03\x00\x02\x00\x01karokfive"
     store.close()
     data = (tmp_path / "s.lmdb").read_bytes()
     (tmp_path / "s.lmdb").write_bytes(data.replace(b"karokfive", damage))
