@@ -8,6 +8,7 @@ batch and can be slower than none; SmartSpec, arXiv 2406.14066, adapts one lengt
 
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 from pydantic import BaseModel
@@ -295,9 +296,9 @@ class Controller:
         drafts = min(self.max_draft * rows, self._room(rows))
         if self._explores or not drafts:
             return 0.01
-        seconds = self._seconds(rows, drafts)
-        steps = np.unique(np.geomspace(1, drafts + 1, 9).astype(np.int64)) - 1
-        slopes = np.diff(seconds[steps]) / np.diff(steps) if len(steps) > 1 else np.zeros(1)
+        steps = _spread(drafts)
+        seconds = self._seconds(rows, steps)
+        slopes = np.diff(seconds) / np.diff(steps) if len(steps) > 1 else np.zeros(1)
         return float(np.clip(_PRICE_SHARE * slopes.min() * rows / seconds[0], 0.01, 1.0))
 
     def worth_searching(self, rows: int) -> bool:
@@ -305,8 +306,8 @@ class Controller:
         try."""
         if self._plain:
             return False
-        drafts = np.arange(min(self.max_draft * rows, self._room(rows)) + 1)
-        speed = (rows + drafts) / self._seconds(rows, len(drafts) - 1)
+        drafts = _spread(min(self.max_draft * rows, self._room(rows)))
+        speed = (rows + drafts) / self._seconds(rows, drafts)
         return len(drafts) > 1 and bool(self._explores or speed.max() > _WORTH * speed[0])
 
     def allocate(self, chance: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -321,15 +322,15 @@ class Controller:
             room = min(room, int(self._drafts / 2))
         elif explores == "more":
             at_least = min(room, int((_GROWTH - 1) * (rows + self._drafts) + self._drafts) + 1)
-        return allocate(chance, count, self._seconds(rows, room), at_least=at_least)
+        return allocate(chance, count, self._seconds(rows, np.arange(room + 1)), at_least=at_least)
 
     def _room(self, rows: int) -> int:
         return max(0, min(self.max_step_tokens, int(_GROWTH * max(self.times.largest, rows)) + 1) - rows)
 
-    def _seconds(self, rows: int, drafts: int) -> np.ndarray:
-        """Expected seconds of steps with 0 to `drafts` tokens drafted, with as much prefill as there was lately:
-        which step reads a prompt is not known when its drafts are made."""
-        tokens = rows + np.arange(drafts + 1, dtype=np.float64)
+    def _seconds(self, rows: int, drafts: np.ndarray) -> np.ndarray:
+        """Expected seconds of steps with these numbers of drafts, with as much prefill as there was lately: which step
+        reads a prompt is not known when its drafts are made."""
+        tokens = rows + drafts
         alone = self.times(tokens, rows * self._context)
         if self._mixed < 0.01:
             return alone
@@ -359,6 +360,12 @@ class Controller:
             self._paused = bool(drafting < plain)
         self.yardstick.update(recent)
         self._recent = Counter()
+
+
+@lru_cache
+def _spread(most: int) -> np.ndarray:
+    """Numbers of drafts from 0 to `most`, dense where they are few."""
+    return np.unique(np.geomspace(1, most + 1, 25).astype(np.int64)) - 1
 
 
 def band_of_rows(rows: int) -> int:

@@ -1,6 +1,7 @@
 """The decoder inside a real vLLM engine: tiny random models in float32, plain decoding (mode off, same engine) as
 the oracle."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,25 @@ def test_strict_texts_are_those_of_plain_decoding(llama: Decoder, pool: str) -> 
     assert sum(o.counts[0] for o in strict) >= sum(o.counts[1] for o in strict)
     assert (sum(o.counts[1] for o in strict) > 0) or pool == "unknown-pool"
     assert all(o.counts[2] == 0 for o in strict)
+
+
+def test_no_file_is_read_while_the_engine_steps(llama: Decoder) -> None:
+    """Pools, documents and texts just finished are in memory."""
+    opened: list[str] = []
+    stepping = [False]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:  # stays for the rest of the process
+        if stepping[0] and event in ("open", "mmap.__new__"):
+            opened.append(f"{event} {arguments[0]}")
+
+    sys.addaudithook(watch)
+    ids = llama.ask(prompts(), "strict", ["right", "half"], extra={"owlrec_document": 0})
+    while llama.engine.has_unfinished_requests():
+        stepping[0] = True
+        llama.step()
+        stepping[0] = False
+    assert sum(llama.done[i].counts[1] for i in ids) > 0
+    assert opened == []
 
 
 def test_unknown_pool_is_counted_and_the_default_serves(llama: Decoder) -> None:
