@@ -125,12 +125,10 @@ def _host(texts: list[np.ndarray], *, live: bool) -> dict[str, float]:
         start = time.perf_counter()
         proposer.begin_step({batch.req_ids[row]: len(draft) for row, draft in enumerate(drafts) if draft})
         drafts = proposer.propose(emitted, lengths, contexts)
+        drafted, context, written = sum(map(len, drafts)), int(lengths.sum()), sum(map(len, emitted))
+        seconds = float(curve(ROWS + drafted)[0])
+        controller.observe(ROWS, drafted, seconds, prefill=0, context=context, emitted=written)
         taken.append((time.perf_counter() - start) / ROWS * 1e6)
-        rows, drafted = ROWS, sum(map(len, drafts))
-        seconds = float(times(rows + drafted)[0])
-        controller.observe(
-            rows, drafted, seconds, prefill=0, context=int(lengths.sum()), emitted=sum(map(len, emitted))
-        )
         for row in range(ROWS):
             if at[row] >= len(replayed[of_row[row]]) and fresh < len(replayed):
                 proposer.finish(batch.req_ids[row], [1], replayed[of_row[row]].tolist(), {0})

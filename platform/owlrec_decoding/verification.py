@@ -18,14 +18,17 @@ import torch
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.logits_processor.builtin import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
 from vllm.v1.sample.rejection_sampler import RejectionSampler
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from owlrec_decoding.options import Relaxation
 
 if TYPE_CHECKING:
     from vllm.v1.sample.metadata import SamplingMetadata
-    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 _NO_TOKEN = -1  # vLLM's PLACEHOLDER_TOKEN_ID
+# Of SamplingMetadata, by row.
+_PENALTIES = ("frequency_penalties", "presence_penalties", "repetition_penalties")
+_TENSORS = ("temperature", "top_p", "top_k", "prompt_token_ids", *_PENALTIES)
 _NO_MARGIN = 2.0  # larger than any difference of probabilities
 
 
@@ -119,7 +122,7 @@ class Verifier(RejectionSampler):
 
     def forward(
         self,
-        metadata: "SpecDecodeMetadata",
+        metadata: SpecDecodeMetadata,
         draft_probs: torch.Tensor | None,
         logits: torch.Tensor,
         sampling_metadata: "SamplingMetadata",
@@ -127,29 +130,75 @@ class Verifier(RejectionSampler):
         """See RejectionSampler.forward."""
         start = time.perf_counter()
         counts = np.asarray(metadata.num_draft_tokens, dtype=np.int64)
-        if _greedy_only(sampling_metadata) and not self.synthetic_mode:
-            output = self._verify_greedy(metadata, logits, counts)
-        elif not counts.any():
-            # vLLM 0.32 calls this in every step, with drafts or not; without drafts, its own code fails for top-k.
-            output = self.sampler(logits=logits, sampling_metadata=sampling_metadata)
-            self.verdict = Verdict(np.zeros_like(counts), np.zeros_like(counts))
+        others = None if self.synthetic_mode or draft_probs is not None else _other_rows(sampling_metadata, len(counts))
+        if others is None or (len(others) and len(others) == len(counts)):
+            output = self._verify_any(metadata, draft_probs, logits, sampling_metadata, counts)
         else:
-            self._draft = metadata.draft_token_ids.cpu().numpy().astype(np.int64)
-            # vLLM 0.32's CPU kernel reads a probability at -1 and may accept it (vllm#46533 fixed the GPU's):
-            # padding is verified as token 0, as the model was fed, and the tokens after it are dropped.
-            unpadded = replace(metadata, draft_token_ids=metadata.draft_token_ids.clamp(min=0))
-            output = super().forward(unpadded, draft_probs, logits, sampling_metadata)
-            kept = torch.from_numpy(_first_failures(self._draft >= 0, counts)).to(logits.device)
-            column = torch.arange(metadata.max_spec_len + 1, device=logits.device)
-            output.sampled_token_ids[column > kept[:, None]] = _NO_TOKEN
-            emitted = (output.sampled_token_ids.cpu().numpy() != _NO_TOKEN).sum(axis=1)
-            accepted = np.minimum(np.maximum(emitted - 1, 0), counts)
-            self.verdict = Verdict(accepted, _sum_runs(self._only_relaxed, counts, accepted))
+            output = self._verify_greedy(metadata, logits, counts)
+            if len(others):
+                self._verify_again(others, output, metadata, logits, sampling_metadata, counts)
         self.seconds += time.perf_counter() - start
         return output
 
+    def _verify_any(
+        self,
+        metadata: SpecDecodeMetadata,
+        draft_probs: torch.Tensor | None,
+        logits: torch.Tensor,
+        sampling_metadata: "SamplingMetadata",
+        counts: np.ndarray,
+    ) -> SamplerOutput:
+        """vLLM's own way, for rows of any kind."""
+        if not counts.any():
+            # vLLM 0.32 calls this in every step, with drafts or not; without drafts, its own code fails for top-k.
+            output = self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+            self.verdict = Verdict(np.zeros_like(counts), np.zeros_like(counts))
+            return output
+        self._draft = metadata.draft_token_ids.cpu().numpy().astype(np.int64)
+        # vLLM 0.32's CPU kernel reads a probability at -1 and may accept it (vllm#46533 fixed the GPU's):
+        # padding is verified as token 0, as the model was fed, and the tokens after it are dropped.
+        unpadded = replace(metadata, draft_token_ids=metadata.draft_token_ids.clamp(min=0))
+        output = super().forward(unpadded, draft_probs, logits, sampling_metadata)
+        kept = torch.from_numpy(_first_failures(self._draft >= 0, counts)).to(logits.device)
+        column = torch.arange(metadata.max_spec_len + 1, device=logits.device)
+        output.sampled_token_ids[column > kept[:, None]] = _NO_TOKEN
+        emitted = (output.sampled_token_ids.cpu().numpy() != _NO_TOKEN).sum(axis=1)
+        accepted = np.minimum(np.maximum(emitted - 1, 0), counts)
+        self.verdict = Verdict(accepted, _sum_runs(self._only_relaxed, counts, accepted))
+        return output
+
+    def _verify_again(
+        self,
+        rows: np.ndarray,
+        output: SamplerOutput,
+        metadata: SpecDecodeMetadata,
+        logits: torch.Tensor,
+        sampling_metadata: "SamplingMetadata",
+        counts: np.ndarray,
+    ) -> None:
+        """Puts vLLM's own result in the place of these rows, which are not plainly greedy: a retried or sampled row
+        shall not send the whole batch the long way."""
+        verdict, rules = self.verdict, self.rules
+        if rules is not None:
+            self.rules = RowRules(*(a[rows] for a in (rules.k, rules.min_prob, rules.margin, rules.ends)))
+        drafts = np.flatnonzero(np.isin(np.repeat(np.arange(len(counts)), counts), rows))
+        part = _metadata_of(counts[rows], metadata.draft_token_ids[torch.from_numpy(drafts).to(logits.device)])
+        positions = np.flatnonzero(np.isin(np.repeat(np.arange(len(counts)), counts + 1), rows))
+        sampled = self._verify_any(
+            part,
+            None,
+            logits[torch.from_numpy(positions).to(logits.device)],
+            _rows_of(sampling_metadata, rows),
+            counts[rows],
+        ).sampled_token_ids
+        place = torch.from_numpy(rows).to(logits.device)
+        output.sampled_token_ids[place] = _NO_TOKEN
+        output.sampled_token_ids[place, : sampled.shape[1]] = sampled.to(output.sampled_token_ids.dtype)
+        verdict.accepted[rows], verdict.relaxed[rows] = self.verdict.accepted, self.verdict.relaxed
+        self.verdict, self.rules = verdict, rules
+
     def apply_logits_processors(
-        self, logits: torch.Tensor, sampling_metadata: "SamplingMetadata", metadata: "SpecDecodeMetadata"
+        self, logits: torch.Tensor, sampling_metadata: "SamplingMetadata", metadata: SpecDecodeMetadata
     ) -> torch.Tensor:
         """After vLLM's own processors, makes each relaxed token the only choice at its position, so the stock
         kernel accepts it."""
@@ -173,7 +222,7 @@ class Verifier(RejectionSampler):
             self._only_relaxed[at[passed]] = True
         return logits
 
-    def _verify_greedy(self, metadata: "SpecDecodeMetadata", logits: torch.Tensor, counts: np.ndarray) -> SamplerOutput:
+    def _verify_greedy(self, metadata: SpecDecodeMetadata, logits: torch.Tensor, counts: np.ndarray) -> SamplerOutput:
         top, best = logits.max(dim=-1)
         likeliest = best.cpu().numpy()
         draft = metadata.draft_token_ids.cpu().numpy().astype(np.int64)
@@ -242,18 +291,64 @@ def _sum_runs(flags: np.ndarray, counts: np.ndarray, taken: np.ndarray) -> np.nd
     return total[starts + taken] - total[starts]
 
 
-def _greedy_only(metadata: "SamplingMetadata") -> bool:
-    """Whether every row needs only the argmax of its raw logits."""
+def _other_rows(metadata: "SamplingMetadata", n: int) -> np.ndarray | None:
+    """Rows that need more than the argmax of their raw logits, int64; None if rows cannot be told apart."""
     holder = metadata.thinking_budget_state_holder
-    return (
-        metadata.all_greedy
-        and metadata.no_penalties
-        and metadata.max_num_logprobs is None
-        and not metadata.logprob_token_ids
-        and not metadata.bad_words_token_ids
-        and metadata.allowed_token_ids_mask is None
-        and not (holder is not None and holder.has_tracked_requests())
-        and all(_idle(processor) for processor in metadata.logitsprocs.non_argmax_invariant)
+    if (
+        metadata.max_num_logprobs is not None
+        or metadata.logprob_token_ids
+        or metadata.allowed_token_ids_mask is not None
+        or (holder is not None and holder.has_tracked_requests())
+        or not all(_idle(processor) for processor in metadata.logitsprocs.non_argmax_invariant)
+    ):
+        return None
+    other = np.zeros(n, dtype=bool)
+    if not metadata.all_greedy:
+        if any(getattr(processor, "min_p_count", 1) for processor in metadata.logitsprocs.argmax_invariant):
+            return None  # it knows rows by their place in the whole batch
+        other |= metadata.temperature.cpu().numpy()[:n] != 0
+    if not metadata.no_penalties:
+        repetition = metadata.repetition_penalties.cpu().numpy()[:n]
+        frequency, presence = metadata.frequency_penalties.cpu().numpy(), metadata.presence_penalties.cpu().numpy()
+        other |= (repetition != 1) | (frequency[:n] != 0) | (presence[:n] != 0)
+    other[[row for row in metadata.bad_words_token_ids if row < n]] = True
+    return np.flatnonzero(other)
+
+
+def _metadata_of(counts: np.ndarray, drafts: torch.Tensor) -> SpecDecodeMetadata:
+    """Metadata of rows whose logits follow each other. counts: int64 [rows]; drafts: int32 [n_draft]."""
+    device, ends = drafts.device, np.cumsum(counts + 1)
+    place = np.arange(int(counts.sum())) + np.repeat(np.arange(len(counts)), counts)
+    on_device = lambda a: torch.from_numpy(a.astype(np.int32)).to(device)  # noqa: E731
+    return SpecDecodeMetadata(
+        draft_token_ids=drafts,
+        num_draft_tokens=counts.tolist(),
+        cu_num_draft_tokens=on_device(np.cumsum(counts)),
+        cu_num_sampled_tokens=on_device(ends),
+        target_logits_indices=on_device(place),
+        bonus_logits_indices=on_device(ends - 1),
+        logits_indices=on_device(np.arange(int(ends[-1]))),
+    )
+
+
+def _rows_of(metadata: "SamplingMetadata", rows: np.ndarray) -> "SamplingMetadata":
+    """The part of some rows."""
+    parts = {}
+    for name in _TENSORS:
+        tensor = getattr(metadata, name)
+        if tensor is not None and len(tensor):
+            parts[name] = tensor[torch.from_numpy(rows).to(tensor.device)]
+    numbered = dict(zip(rows.tolist(), range(len(rows)), strict=True))
+    greedy = metadata.all_greedy or parts["temperature"].cpu().numpy() == 0
+    return replace(
+        metadata,
+        all_greedy=bool(np.all(greedy)),
+        all_random=not np.any(greedy),
+        generators={numbered[row]: g for row, g in metadata.generators.items() if row in numbered},
+        bad_words_token_ids={numbered[row]: w for row, w in metadata.bad_words_token_ids.items() if row in numbered},
+        output_token_ids=[metadata.output_token_ids[row] for row in rows] if metadata.output_token_ids else [],
+        spec_token_ids=[metadata.spec_token_ids[row] for row in rows] if metadata.spec_token_ids else None,
+        **parts,
     )
 
 

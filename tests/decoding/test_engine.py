@@ -129,6 +129,34 @@ def test_requests_with_and_without_temperature_share_a_batch(llama: Decoder) -> 
             assert len(answers[f"mixed{i}"]) == 40
 
 
+def test_a_sampled_or_penalized_row_leaves_the_others_the_short_way(llama: Decoder) -> None:
+    """Such a row is verified by vLLM's own code, and only that row; the greedy ones write what they write alone."""
+    plain = token_lists(llama.run(prompts(), "off"))
+    penalized = token_lists(llama.run(prompts(1), "off", repetition_penalty=1.3))
+    seen: list[int] = []
+    verifier = llama.proposer._verifier
+    own = type(verifier).__mro__[1].forward
+
+    def counted(self: Any, metadata: Any, *rest: Any) -> Any:
+        seen.append(len(metadata.num_draft_tokens))
+        return own(self, metadata, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(verifier).__mro__[1], "forward", counted)
+        ids = [
+            *llama.ask(prompts(1), "strict", ["half"], repetition_penalty=1.3),
+            *llama.ask(prompts()[1:], "strict", ["half"]),
+            *llama.ask(prompts(1), "strict", ["half"], temperature=0.7, seed=1),
+        ]
+        while llama.engine.has_unfinished_requests():
+            llama.step()
+    texts = token_lists([llama.done[i] for i in ids])
+    assert texts[0] == penalized[0]
+    assert texts[1:-1] == plain[1:]
+    assert sum(llama.done[i].counts[1] for i in ids[1:-1]) > 0
+    assert set(seen) <= {1, 2}
+
+
 def test_a_row_near_the_context_limit_leaves_the_others_their_drafts(llama: Decoder) -> None:
     long = np.random.default_rng(4).integers(2, VOCAB, 252).tolist()
     plain = llama.run([long, *prompts(3)], "off", max_tokens=40)
