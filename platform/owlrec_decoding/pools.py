@@ -358,15 +358,22 @@ def _vote(text: np.ndarray, found: int, positions: np.ndarray, lengths: np.ndarr
     for c in range(found):
         longest = max(longest, lengths[c])
     for c in range(found):
+        says, counted = text[positions[c]], False
+        total += lengths[c] >= longest - _NEAR
+        for other in range(c):
+            if text[positions[other]] == says:
+                counted = True
+                break
+        if counted:
+            continue
         votes, near, supported = 0.0, 0, 0
-        for other in range(found):
-            if text[positions[other]] == text[positions[c]]:
+        for other in range(c, found):
+            if text[positions[other]] == says:
                 votes += _HALVES[min(longest - lengths[other], 63)]
                 near += lengths[other] >= longest - _NEAR
                 supported = max(supported, lengths[other])
-        total += lengths[c] >= longest - _NEAR
         if votes > best:
-            token, best, agreeing, length = np.int64(text[positions[c]]), votes, near, supported  # type: ignore[assignment]
+            token, best, agreeing, length = np.int64(says), votes, near, supported  # type: ignore[assignment]
     if found == 0:
         return BORDER, 0.0, 0
     # One place in all is worth as much as a match of that length; of several, the share that agrees counts. Few texts

@@ -108,7 +108,7 @@ def _kill_a_worker_after(path: str, workspace: Workspace, killed: list[int]) -> 
 
 @pytest.mark.ray
 def test_a_killed_workers_group_goes_on_at_the_next_sample(
-    ray_local: None, workspace: Workspace, toy_world: Any, capfd: pytest.CaptureFixture[str]
+    ray_local: None, workspace: Workspace, toy_world: Any
 ) -> None:
     """Two workers and one see the same batches; a kill changes nothing of what the two find."""
     prepare(workspace, toy_world)
@@ -127,8 +127,6 @@ def test_a_killed_workers_group_goes_on_at_the_next_sample(
     assert not workspace.exists(path)
     assert workspace.names("ctr", "ray") == []
     assert signal.getsignal(signal.SIGINT) is handler
-    printed = capfd.readouterr()
-    assert (printed.out, printed.err) == ("", "")
 
 
 @pytest.mark.ray

@@ -202,5 +202,5 @@ def test_the_decoder_drafts_in_vllm_without_ray_and_owlrec(tmp_path: Path, wheel
         "VLLM_NO_USAGE_STATS": "1",
     }
     printed = run(python, "draft.py", cwd=tmp_path, **environment)
-    sealed = sum(map(len, ("an owl in an elm", "a film of owls"))) + 2  # a border after each
+    sealed = sum(map(len, ("an owl in an elm", "a film of owls"))) + 4  # an end and a border after each
     assert f"same=True sealed={sealed} loaded=[]" in printed
