@@ -297,8 +297,7 @@ def _acceptance(recipe: Recipe, workspace: Workspace) -> Iterator[Figure]:
     )
 
     async def open_pools() -> None:
-        for name, users in members.items():
-            await engine.open_texts(name, {u: pooled[u] for u in users})
+        await engine.open_texts({name: {u: pooled[u] for u in users} for name, users in members.items()})
 
     async def run(pool_of: Any) -> tuple[int, int, int]:
         gate = asyncio.Semaphore(4)

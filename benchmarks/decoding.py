@@ -325,7 +325,7 @@ class _Engine:
             for kind in ("users", "items"):
                 mine = [t for t in texts if t["pool"] == kind]
                 pool = build_pool([t["tokens"] for t in mine], [t["id"] for t in mine])
-                self.engine.collective_rpc("owlrec_open_pool", args=(f"{framework}-{kind}", pool.to_bytes()))
+                self.engine.collective_rpc("owlrec_open_pools", args=({f"{framework}-{kind}": pool.to_bytes()},))
 
 
 if __name__ == "__main__":

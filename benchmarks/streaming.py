@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -53,15 +54,26 @@ def main() -> None:
     parser = options_parser(__doc__)
     parser.add_argument("--only", choices=("cost", "worth"))
     parser.add_argument("--knowledge", type=Path, help="of an earlier run: texts of equal prompts are kept")
+    parser.add_argument("--users", type=int, help="as many users, drawn by a seed; default: all 943")
     parser.add_argument("--days", type=int, help="of the cost replay; default: 30, 5 with --quick")
     options = parser.parse_args()
     raw = MovieLens100KSource(type="movielens-100k").load()
+    if options.users:
+        raw = _sample(raw, options.users)
     figures: list[Figure] = []
     if options.only in (None, "cost"):
         figures += _cost(raw, options.days or (5 if options.quick else 30))
     if options.only == "worth" or (options.only is None and not options.quick):
         figures += _worth(raw, options.knowledge, quick=options.quick)
     show("streaming refresh", figures, options)
+
+
+def _sample(raw: RawTables, n_users: int) -> RawTables:
+    """The tables of some users, and all items."""
+    users = raw.users["user_id"].to_numpy()
+    kept = np.random.default_rng(0).choice(users, min(n_users, len(users)), replace=False)
+    of_kept = lambda table: table.filter(pa.array(np.isin(table["user_id"].to_numpy(), kept)))  # noqa: E731
+    return replace(raw, users=of_kept(raw.users), interactions=of_kept(raw.interactions))
 
 
 def _recipe(workspace: str, engine: dict[str, Any], encoder: dict[str, Any] | None = None) -> Recipe:

@@ -482,13 +482,15 @@ class RetrievalWorker(_Base):
         running = {given: i for i in requests.slots if (given := _given_id(i)) in set(ids)}
         return {i: requests.counts(running[i]) if i in running else self._finished.get(i, (0, 0, 0)) for i in ids}
 
-    def owlrec_open_pool(self, name: str, arrays: list[bytes]) -> None:
-        """A call: gives requests that name it a pool. arrays: SealedPool.to_bytes."""
-        self.proposer.pools.open(name, SealedPool.from_bytes(arrays))
+    def owlrec_open_pools(self, pools: dict[str, list[bytes]]) -> None:
+        """A call: gives requests that name them pools. pools: SealedPool.to_bytes, by name."""
+        for name, arrays in pools.items():
+            self.proposer.pools.open(name, SealedPool.from_bytes(arrays))
 
-    def owlrec_close_pool(self, name: str) -> None:
-        """A call: drops a pool that no request names any more."""
-        self.proposer.pools.close(name)
+    def owlrec_close_pools(self, names: list[str]) -> None:
+        """A call: drops pools that no request names any more."""
+        for name in names:
+            self.proposer.pools.close(name)
 
     def owlrec_counters(self) -> str:
         """A call: the DecoderCounters since the start, as JSON."""

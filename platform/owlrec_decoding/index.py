@@ -504,20 +504,21 @@ def match_text(text: np.ndarray, context: np.ndarray, least: int) -> tuple[int, 
 
 
 # ----------------------------------------------------------------------------------------------------------- search set
-# The texts that a retrieval call may search, in the lists of arrays that compiled kernels need.
+# The texts that a retrieval call may search, in the arrays that compiled kernels need.
 #
-# A row refers to its sources by kind and place, so one call serves rows with any pools. Places are reused, because
-# rebuilding numba's lists for each change would cost more than the search.
+# A row refers to its sources by kind and place, so one call serves rows with any pools. Sealed pools stand one after
+# another in common arrays: taking an array out of a list costs a kernel 13 ns, several times per drafted token. Live
+# pools and single texts come and go with every request, so their arrays are in lists, whose places are reused.
 
 
 NOTHING, SEALED, LIVE, TEXT, CONTEXT = -1, 0, 1, 2, 3  # kinds of source; CONTEXT is the row's own prompt and output
 
 _NO_TOKENS = np.zeros(0, np.int32)
 _STAND_INS: dict[int, tuple[np.ndarray, ...]] = {
-    SEALED: (_NO_TOKENS, _NO_TOKENS, _NO_TOKENS, _NO_TOKENS, np.zeros((0, 3), np.int32), np.zeros(0, np.float32)),
     LIVE: (_NO_TOKENS, np.zeros((1, 0), np.int32), np.zeros((1, 0), np.int32)),
     TEXT: (_NO_TOKENS,),
 }
+_NO_POOL = build_pool([], searchable=False)
 
 
 class SearchSet:
@@ -528,11 +529,35 @@ class SearchSet:
         self.lists: dict[int, tuple[Any, ...]] = {
             k: tuple(typed_list([a]) for a in arrays) for k, arrays in _STAND_INS.items()
         }
-        self._free: dict[int, list[int]] = {kind: [] for kind in _STAND_INS}
+        self._free: dict[int, list[int]] = {kind: [] for kind in (SEALED, *_STAND_INS)}
+        self._pools: list[SealedPool] = [_NO_POOL]
+        self._sealed: tuple[np.ndarray, ...] | None = None
+
+    @property
+    def sealed(self) -> tuple[np.ndarray, ...]:
+        """The arrays of all sealed pools, one pool after another: tokens, order, rank, leaf, nodes, chance; and int64
+        [places, 5]: where a pool's tokens begin and end, where its leaves begin and end, where its nodes begin.
+        """
+        if self._sealed is None:
+            pools = self._pools
+            searched = ("tokens", "order", "rank", "leaf", "nodes", "chance")
+            arrays = ([getattr(pool, name) for pool in pools] for name in searched)
+            tokens, leaves, nodes = (
+                np.cumsum([0, *(len(getattr(pool, name)) for pool in pools)]) for name in ("tokens", "leaf", "nodes")
+            )
+            bounds = np.stack([tokens[:-1], tokens[1:], leaves[:-1], leaves[1:], nodes[:-1]], axis=1)
+            self._sealed = (*map(np.concatenate, arrays), np.ascontiguousarray(bounds))
+        return self._sealed
 
     def add_sealed(self, pool: SealedPool) -> int:
         """Gives a sealed pool a place."""
-        return self._add(SEALED, (pool.tokens, pool.order, pool.rank, pool.leaf, pool.nodes, pool.chance))
+        self._sealed = None
+        if self._free[SEALED]:
+            place = self._free[SEALED].pop()
+            self._pools[place] = pool
+            return place
+        self._pools.append(pool)
+        return len(self._pools) - 1
 
     def add_live(self, pool: LivePool) -> int:
         """Gives a live pool a place."""
@@ -548,8 +573,11 @@ class SearchSet:
         return self._add(TEXT, (np.append(tokens, np.int32(BORDER)),))
 
     def remove(self, kind: int, place: int) -> None:
-        """Frees a place; its arrays may then be unmapped."""
-        self._set(kind, place, _STAND_INS[kind])
+        """Frees a place."""
+        if kind == SEALED:
+            self._pools[place], self._sealed = _NO_POOL, None
+        else:
+            self._set(kind, place, _STAND_INS[kind])
         self._free[kind].append(place)
 
     def _add(self, kind: int, arrays: tuple[np.ndarray, ...]) -> int:

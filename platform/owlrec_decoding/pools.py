@@ -335,7 +335,7 @@ def draft_rows(
         np.zeros((n, depth), np.int64),
         np.zeros(n, np.int64),
     )
-    pools: tuple[Any, ...] = (*search_set.lists[SEALED], *search_set.lists[LIVE], *search_set.lists[TEXT])
+    pools: tuple[Any, ...] = (*search_set.sealed, *search_set.lists[LIVE], *search_set.lists[TEXT])
     arrays: tuple[Any, ...] = (out.tokens, out.chance, out.expected, out.cell, out.count)
     _draft_rows(contexts, rows, lengths, prompts, limits, sources, groups, *pools, factors, ends, floor, *arrays)  # type: ignore[call-arg]
     return out
@@ -391,12 +391,13 @@ def _draft_rows(
     limits: np.ndarray,
     sources: np.ndarray,
     groups: np.ndarray,
-    sealed_tokens: Any,
-    sealed_order: Any,
-    sealed_rank: Any,
-    sealed_leaf: Any,
-    sealed_nodes: Any,
-    sealed_chance: Any,
+    sealed_tokens: np.ndarray,
+    order: np.ndarray,
+    rank: np.ndarray,
+    leaf: np.ndarray,
+    nodes: np.ndarray,
+    chances: np.ndarray,
+    bounds: np.ndarray,
     live_tokens: Any,
     live_heads: Any,
     live_earlier: Any,
@@ -436,14 +437,16 @@ def _draft_rows(
             for s in range(used):
                 kind, place = sources[i, s, 0], sources[i, s, 1]
                 if kind == SEALED:
-                    tokens, leaf, nodes = sealed_tokens[place], sealed_leaf[place], sealed_nodes[place]
+                    token_0, leaf_0 = bounds[place, 0], bounds[place, 2]
+                    leaf_1, node_0 = bounds[place, 3], bounds[place, 4]
                     if at[s] == -2:
-                        at[s], length[s] = match_sealed(tokens, sealed_order[place], end)
+                        tokens = sealed_tokens[token_0 : bounds[place, 1]]
+                        at[s], length[s] = match_sealed(tokens, order[leaf_0:leaf_1], end)
                     if at[s] >= 0:
-                        node = find_node(leaf, nodes, at[s], length[s])
-                        follower[s] = nodes[node, 2] if node >= 0 else sealed_order[place][at[s]]
-                        hopes[s] = sealed_chance[place][len(leaf) + node if node >= 0 else at[s]]
-                        says[s] = tokens[follower[s]]
+                        node = find_node(leaf[leaf_0:leaf_1], nodes[node_0:], at[s], length[s])
+                        follower[s] = nodes[node_0 + node, 2] if node >= 0 else order[leaf_0 + at[s]]
+                        hopes[s] = chances[leaf_0 + node_0 + (leaf_1 - leaf_0 + node if node >= 0 else at[s])]
+                        says[s] = sealed_tokens[token_0 + follower[s]]
                 elif kind == LIVE:
                     text = live_tokens[place]
                     if at[s] == -2:
@@ -505,7 +508,7 @@ def _draft_rows(
                     at[s] = -2 if kind == SEALED else -1
                 elif kind == SEALED:
                     # The leaf after the follower has the longer context: no search.
-                    leaf_after = sealed_rank[place][follower[s] + 1]
+                    leaf_after = rank[bounds[place, 0] + follower[s] + 1]
                     at[s], length[s] = leaf_after if leaf_after >= 0 else -2, min(length[s] + 1, DEPTH)
                 elif kind == LIVE:
                     found, text = 0, live_tokens[place]

@@ -175,7 +175,7 @@ class Decoder:
 
     def open(self, pool: str, texts: Sequence[Sequence[int]], ids: Sequence[int] | None = None) -> None:
         """Gives the engine a pool."""
-        self.call("owlrec_open_pool", pool, build_pool(texts, ids).to_bytes())
+        self.call("owlrec_open_pools", {pool: build_pool(texts, ids).to_bytes()})
 
     def learn(self, pool: str, texts: Sequence[Sequence[int]]) -> None:
         """Puts texts into the live tier of a pool, a new one if there is none of that name."""

@@ -34,11 +34,13 @@ class Recording(Engine):
         self.searchable: dict[str, bool] = {}
         self.found: list[tuple[dict[str, Any], dict[str, dict[int, str]]]] = []
 
-    async def open_texts(self, pool: str, texts: Mapping[int, str], *, searchable: bool = True) -> None:
-        self.open[pool], self.searchable[pool] = dict(texts), searchable
+    async def open_texts(self, pools: Mapping[str, Mapping[int, str]], *, searchable: bool = True) -> None:
+        for pool, its in pools.items():
+            self.open[pool], self.searchable[pool] = dict(its), searchable
 
-    async def close_texts(self, pool: str) -> None:
-        del self.open[pool]
+    async def close_texts(self, pools: Sequence[str]) -> None:
+        for pool in pools:
+            del self.open[pool]
 
     async def complete(
         self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None

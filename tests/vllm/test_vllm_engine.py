@@ -97,7 +97,7 @@ def test_drafts_from_earlier_texts_give_the_same_answers_in_fewer_steps() -> Non
 
         async def ask() -> list[Completion]:
             sampling, named = SamplingConfig(max_tokens=60), decoding.mode != "off"
-            await engine.open_texts("item", texts or {})
+            await engine.open_texts({"item": texts or {}})
             extras = [request_arguments(["item"], i) if named else None for i in range(len(prompts))]
             return await asyncio.gather(
                 *(engine.complete("", p, sampling, extra) for p, extra in zip(prompts, extras, strict=True))

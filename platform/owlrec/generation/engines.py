@@ -8,7 +8,7 @@ import random
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -155,15 +155,16 @@ class Engine(ABC):
         raise EngineError(f"{type(self).__name__} does not return token probabilities. Use vLLM or an HTTP server.")
 
     async def open_texts(  # noqa: B027 - only the decoder draws on texts
-        self, pool: str, texts: Mapping[int, str], *, searchable: bool = True
+        self, pools: Mapping[str, Mapping[int, str]], *, searchable: bool = True
     ) -> None:
-        """Texts to draft from, by id, for requests that name `pool`; engines without the decoder ignore them.
+        """Texts to draft from, by pool and id, for requests that name the pool; engines without the decoder ignore
+        them.
 
         searchable: otherwise each serves only the request whose own earlier text it is.
         """
 
-    async def close_texts(self, pool: str) -> None:  # noqa: B027
-        """Drops a pool that no request names any more."""
+    async def close_texts(self, pools: Sequence[str]) -> None:  # noqa: B027
+        """Drops pools that no request names any more."""
 
     @abstractmethod
     def count_tokens(self, text: str) -> int:

@@ -347,16 +347,16 @@ class VllmEngine(Engine):
         logprobs = answer.output.logprobs[0]
         return NextTokenScores(tuple(logprobs[token].logprob for token in wanted), len(token_ids), answer.cached_tokens)
 
-    async def open_texts(self, pool: str, texts: Mapping[int, str], *, searchable: bool = True) -> None:
-        """See Engine.open_texts. The index is built in a thread, beside the engine's steps."""
-        if self.decoding.mode != "off":
-            arrays = await asyncio.to_thread(self._pool, texts, searchable)
-            await self._stepping.call("owlrec_open_pool", pool, arrays)
+    async def open_texts(self, pools: Mapping[str, Mapping[int, str]], *, searchable: bool = True) -> None:
+        """See Engine.open_texts. The indexes are built in a thread, beside the engine's steps."""
+        if self.decoding.mode != "off" and pools:
+            built = await asyncio.to_thread(lambda: {n: self._pool(texts, searchable) for n, texts in pools.items()})
+            await self._stepping.call("owlrec_open_pools", built)
 
-    async def close_texts(self, pool: str) -> None:
+    async def close_texts(self, pools: Sequence[str]) -> None:
         """See Engine.close_texts."""
         if self.decoding.mode != "off":
-            await self._stepping.call("owlrec_close_pool", pool)
+            await self._stepping.call("owlrec_close_pools", list(pools))
 
     def _pool(self, texts: Mapping[int, str], searchable: bool) -> list[bytes]:
         from owlrec_decoding.index import build_pool  # here, since importing numba takes a second

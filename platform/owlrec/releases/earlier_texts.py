@@ -47,16 +47,16 @@ class ReleasedTexts(EarlierTexts):
         """See EarlierTexts.offered."""
         async with self._lock:
             if kind not in self._kinds:
-                await engine.open_texts(kind, await asyncio.to_thread(self._sample, kind))
+                await engine.open_texts({kind: await asyncio.to_thread(self._sample, kind)})
                 self._kinds.add(kind)
         texts = await asyncio.to_thread(self._own, kind, ids, own)
         members: dict[str, dict[int, str]] = {}
         for id_ in texts:
             for cohort in cohorts.get(id_, ())[:_MOST_COHORTS]:
                 members.setdefault(cohort, {})[id_] = texts[id_]
-        pools = {shard: texts} | {f"{shard} {cohort}": its for cohort, its in members.items()}
-        for name, its in pools.items():
-            await engine.open_texts(name, its, searchable=name != shard)
+        cohort_pools = {f"{shard} {cohort}": its for cohort, its in members.items()}
+        await engine.open_texts({shard: texts}, searchable=False)
+        await engine.open_texts(cohort_pools)
         try:
             yield {
                 id_: [
@@ -67,8 +67,7 @@ class ReleasedTexts(EarlierTexts):
                 for id_ in ids
             }
         finally:
-            for name in pools:
-                await engine.close_texts(name)
+            await engine.close_texts([shard, *cohort_pools])
 
     def close(self) -> None:
         """See EarlierTexts.close."""
