@@ -294,8 +294,7 @@ def plan(
     shares = {"acting_share": acting_share, "renewed_share": renewed_share}
     horizon = cost.Horizon.model_validate({**counts, **shares, "refreshes": refreshes})
     settings = _recipe(recipe, workspace=workspace)
-    batch = getattr(settings.engine, "max_num_seqs", getattr(settings.engine, "concurrency", 1))
-    in_flight = max(1, min(SHARDS_IN_FLIGHT, round(batch / settings.shard_rows)))
+    in_flight = max(1, min(SHARDS_IN_FLIGHT, round(settings.engine.rows_at_once / settings.shard_rows)))
     with _messages(as_json):
         store, machines = Workspace(settings.workspace), cost.load_fleet(fleet)
         workload = cost.measured_workload(store, settings.shard_rows, in_flight)

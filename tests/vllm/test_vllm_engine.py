@@ -28,7 +28,7 @@ CONFIG = VllmEngineConfig(type="vllm", model="smollm2-135m", max_model_len=256, 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[VllmEngine]:
-    engine = build_engine(CONFIG)
+    engine = build_engine(CONFIG.model_copy(update={"max_num_seqs": None}))
     assert isinstance(engine, VllmEngine)
     yield engine
     engine.close()
@@ -45,6 +45,16 @@ def test_many_requests_at_once_get_their_own_answers(engine: VllmEngine) -> None
     assert sum(w in a.text.lower() for w, a in zip(words, answers, strict=True)) >= 8
     assert all(0 < a.output_tokens <= 16 for a in answers)
     assert all(a.finish_reason in ("stop", "length") for a in answers)
+
+
+def test_rows_and_tokens_of_a_step_are_vllms_choice_for_batches_as_far_as_the_cache_holds_them(
+    engine: VllmEngine,
+) -> None:
+    token = 2 * 30 * 3 * 64 * 2  # bytes: keys and values, layers, heads, components, bf16
+    rows = 2**30 // (32 * token) // (256 // 32)  # whole blocks
+    assert (engine.size.rows, engine.size.step_tokens) == (rows, 4096)  # 2,048 tokens in vLLM's other uses
+    assert 256 * rows <= engine.size.cache_tokens <= 2**30 // token
+    assert engine.size.cache_bytes == engine.size.cache_tokens * token
 
 
 def test_greedy_answers_repeat(engine: VllmEngine) -> None:
@@ -134,5 +144,5 @@ def test_drafts_from_a_release_give_the_same_answers_in_fewer_steps(tmp_path: Pa
 
 def test_two_ways_of_speculating_exclude_each_other() -> None:
     config = CONFIG.model_copy(update={"engine_args": {"speculative_config": {"method": "ngram"}}})
-    with pytest.raises(EngineError, match=r"engine_args\.speculative_config and decoding\.mode: strict exclude"):
+    with pytest.raises(EngineError, match=r"engine_args\.speculative_config and decoding\.mode: strict"):
         build_engine(config, DecodingConfig(mode="strict"))

@@ -175,6 +175,11 @@ class EngineConfig(Config):
         return self.model_dump(mode="json", include=set(self.shapes_output))
 
     @property
+    def rows_at_once(self) -> int:
+        """Rows that the engine works on at once, at most; for plans, before it starts."""
+        return 1
+
+    @property
     @abstractmethod
     def model_identity(self) -> str:
         """Name of the weights, for fingerprints."""
@@ -451,6 +456,11 @@ class HttpEngineConfig(EngineConfig):
     concurrency: int = Field(32, ge=1)
     timeout_s: float = Field(120.0, gt=0)
     max_attempts: int = Field(5, ge=1)
+
+    @property
+    def rows_at_once(self) -> int:
+        """See EngineConfig.rows_at_once."""
+        return self.concurrency
 
     @property
     def model_identity(self) -> str:

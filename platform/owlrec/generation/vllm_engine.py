@@ -190,6 +190,7 @@ def _resolve(pending: _Pending, result: Any) -> None:
 
 
 _REMEMBERED_COUNTS = 1 << 16
+_MOST_ROWS = 1024  # vLLM's own choice on the largest GPUs
 # vllm.EngineArgs for speed, hardware and monitoring, which do not change answers. All others
 # count as changing answers.
 _NAMES = """
@@ -222,17 +223,23 @@ class VllmEngineConfig(EngineConfig):
     revision: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: int = Field(2048, ge=64)
-    max_num_seqs: int = Field(128, ge=1)
+    # Rows at once. None = what vLLM's LLM class takes on the device (1,024 on an H100), but on a CPU no more rows of
+    # max_model_len than the cache holds.
+    max_num_seqs: int | None = Field(None, ge=1)
     threads: int | None = None  # CPU only; None = all cores
-    kv_cache_gib: int = Field(
-        2, ge=1
-    )  # CPU only; SmolLM2-135M takes 23 kB per token, so 2 GiB holds 128 rows of 700 tokens
+    # CPU only; SmolLM2-135M takes 23 kB per token, so 2 GiB hold 91 rows of 1,024 tokens.
+    kv_cache_gib: int = Field(2, ge=1)
     engine_args: dict[str, Any] = {}
 
     def shaping(self) -> dict[str, Any]:
         """See EngineConfig.shaping: without engine_args such as a share of the GPU's memory."""
         shaping = super().shaping()
         return shaping | {"engine_args": {k: v for k, v in shaping["engine_args"].items() if k not in _OPERATIONAL}}
+
+    @property
+    def rows_at_once(self) -> int:
+        """See EngineConfig.rows_at_once."""
+        return self.max_num_seqs or _MOST_ROWS
 
     @property
     def model_identity(self) -> str:
@@ -246,6 +253,16 @@ class VllmEngineConfig(EngineConfig):
     def token_counter(self) -> Callable[[str], int]:
         """By the model's tokenizer; see count_by."""
         return count_by(load_tokenizer(self.model, self.revision))
+
+
+@dataclass(frozen=True)
+class EngineSize:
+    """What an engine computes at once and keeps, as vLLM chose it."""
+
+    rows: int  # at once, at most
+    step_tokens: int  # of a step, at most
+    cache_tokens: int  # keys and values that the cache holds
+    cache_bytes: int
 
 
 @dataclass(frozen=True)
@@ -360,6 +377,7 @@ class VllmEngine(Engine):
 
     def _build(self) -> Any:
         from vllm import EngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
         args: dict[str, Any] = {
@@ -382,7 +400,39 @@ class VllmEngine(Engine):
             from vllm.platforms.cpu import CpuPlatform
 
             CpuPlatform.get_punica_wrapper = classmethod(lambda cls: "owlrec.generation.cpu_lora.RunwiseLora")
-        return LLMEngine.from_engine_args(EngineArgs(**args))
+        # vLLM chooses batched tokens and rows by device and context of use; only this one is meant for batches.
+        context = UsageContext.LLM_CLASS
+        settings = EngineArgs(**args).create_engine_config(context)
+        if self.cpu and args["max_num_seqs"] is None:
+            scheduler = settings.scheduler_config
+            scheduler.max_num_seqs = max(1, min(scheduler.max_num_seqs, rows_in_cache(settings)))
+        engine = LLMEngine.from_vllm_config(settings, context, disable_log_stats=True)
+        scheduler, cache_tokens = settings.scheduler_config, settings.cache_config.kv_cache_size_tokens or 0
+        self.size = EngineSize(
+            scheduler.max_num_seqs, scheduler.max_num_batched_tokens, cache_tokens, cache_tokens * token_bytes(settings)
+        )
+        return engine
+
+
+def rows_in_cache(settings: Any) -> int:
+    """Rows of max_model_len that a cache of a fixed size holds, so that no row is preempted and read again.
+
+    settings: a VllmConfig.
+    """
+    cache, length = settings.cache_config, settings.model_config.max_model_len
+    blocks = cache.kv_cache_memory_bytes // (token_bytes(settings) * cache.block_size)
+    return int(blocks // -(-length // cache.block_size))
+
+
+def token_bytes(settings: Any) -> int:
+    """Bytes of a token in a rank's cache: keys and values of every layer, an upper bound for models that keep less.
+
+    settings: a VllmConfig.
+    """
+    model, parallel = settings.model_config, settings.parallel_config
+    heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    number_bytes = 1 if settings.cache_config.cache_dtype.startswith("fp8") else model.dtype.itemsize
+    return int(2 * heads * model.get_head_size() * number_bytes)
 
 
 def count_by(tokenizer: Any) -> Callable[[str], int]:

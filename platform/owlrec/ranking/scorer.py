@@ -219,7 +219,7 @@ class LlmScorer(PairScorer):
         self.answers = find_answers(self._tokenizer)
         likely_answers(self._tokenizer, self.answers)
         self.engine = VllmEngine(scoring_engine(config, lora_rank), DecodingConfig())
-        self._in_flight = 4 * config.max_num_seqs
+        self._in_flight = 4 * self.engine.size.rows
 
     def close(self) -> None:
         """Stops the engine."""
