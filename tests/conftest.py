@@ -32,7 +32,7 @@ os.environ.update(
     RAY_TRAIN_ENABLE_STATE_TRACKING="0",
     RAY_worker_niceness="0",  # Ray's 15 would leave the cluster's workers a thirtieth of what the other lane gets
     HF_HUB_OFFLINE="1",
-    TOKENIZERS_PARALLELIZM="false",
+    TOKENIZERS_PARALLELISM="false",
 )
 os.environ.pop("RAY_ADDRESS", None)
 # How long an example takes hangs on who else computes.

@@ -406,7 +406,7 @@ class VllmEngine(Engine):
         if self.cpu and args["max_num_seqs"] is None:
             scheduler = settings.scheduler_config
             scheduler.max_num_seqs = max(1, min(scheduler.max_num_seqs, rows_in_cache(settings)))
-        engine = LLMEngine.from_vllm_config(settings, context, disable_log_stats=True)
+        engine = LLMEngine.from_vllm_config(settings, context, disable_log_stats=args["disable_log_stats"])
         scheduler, cache_tokens = settings.scheduler_config, settings.cache_config.kv_cache_size_tokens or 0
         self.size = EngineSize(
             scheduler.max_num_seqs, scheduler.max_num_batched_tokens, cache_tokens, cache_tokens * token_bytes(settings)
@@ -444,7 +444,7 @@ def prepare_environment(config: VllmEngineConfig, cpu: bool) -> None:
     """Sets variables that vLLM and its libraries read only from the environment, on import."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("TOKENIZERS_PARALLELIZM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.path.isdir(config.model) or config.model == PACKAGED:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if cpu:
