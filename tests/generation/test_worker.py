@@ -13,7 +13,7 @@ from shard_runs import counted, dead_letters_file, run_shard, texts_file
 from owlrec.errors import DiskFullError, WorkspaceError
 from owlrec.generation import EchoEngineConfig
 from owlrec.generation.engines import Completion, Engine, RequestFailed, SamplingConfig
-from owlrec.generation.job import GenerateStage, GenerationJob, build_job, prompt_inputs, table_inputs
+from owlrec.generation.job import GenerateStage, GenerationJob, build_job, cached_share, prompt_inputs, table_inputs
 from owlrec.generation.quality import RULES, QualityConfig
 from owlrec.prompting.prompts import EARLIER, Prompt, PromptConfig, prompts_table
 from owlrec.runner import ShardTaken, Work, pending_shards
@@ -42,7 +42,7 @@ class Scripted(Engine):
         answer = self.answer(prompt, sampling)
         if isinstance(answer, Exception):
             raise answer
-        return Completion(answer, prompt_tokens=10, output_tokens=5, finish_reason="stop")
+        return Completion(answer, prompt_tokens=10, output_tokens=5, finish_reason="stop", cached_tokens=4)
 
     def count_tokens(self, text: str) -> int:
         return len(text.split())
@@ -109,6 +109,25 @@ def test_dropped_text_goes_to_the_dead_letters_with_its_flag(small_world: Worksp
     assert set(dead["stage"].to_pylist()) == {"quality"}
     assert "flagged refusal: \"I'm sorry" in dead["message"][0].as_py()
     assert counted(card, "quality_") == {"dropped": card.rows_in}
+
+
+def test_prompts_that_begin_alike_are_asked_one_after_another_and_texts_stay_in_order(small_world: Workspace) -> None:
+    job = job_with(refusal="drop")
+    titles = {
+        s: small_world.read_shard("items", s.number)["title"].to_pylist() for s in table_inputs(small_world, ("item",))
+    }
+    shard = next(shard for shard, theirs in titles.items() if theirs != sorted(theirs))
+    engine = Scripted(lambda prompt, _: GOOD if "Drama" in prompt else REFUSAL)
+    card = run_shard(small_world, job, shard, engine)
+    asked = [prompt for prompt, _ in engine.asked]
+    assert asked == sorted(asked)
+    for file in (texts_file(job, shard), dead_letters_file(job, shard)):
+        ids = small_world.read_parquet(file)["id"].to_pylist()
+        assert len(ids) > 1
+        assert ids == sorted(ids)
+    texts = small_world.read_parquet(texts_file(job, shard)).num_rows
+    assert card.counts["cached_tokens"] == 4 * texts
+    assert cached_share([card]) == 0.4
 
 
 def test_gate_that_is_off_flags_nothing(small_world: Workspace) -> None:

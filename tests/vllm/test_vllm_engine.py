@@ -57,6 +57,17 @@ def test_rows_and_tokens_of_a_step_are_vllms_choice_for_batches_as_far_as_the_ca
     assert engine.size.cache_bytes == engine.size.cache_tokens * token
 
 
+def test_a_prefix_that_rows_share_is_read_once(engine: VllmEngine) -> None:
+    system = "You introduce films to readers who know nothing but a title, in a few clear, brief and neutral sentences. "
+    system += "You name genre, director and mood."
+
+    async def ask(word: str) -> Completion:
+        return await engine.complete(system, f"{word}?", SamplingConfig(max_tokens=2))
+
+    first, second = asyncio.run(ask("Alien")), asyncio.run(ask("Heat"))
+    assert (first.cached_tokens, second.cached_tokens) == (0, 32)  # one block of the CPU's cache
+
+
 def test_greedy_answers_repeat(engine: VllmEngine) -> None:
     async def ask() -> str:
         return (await engine.complete("You are brief.", "Name a color.", SamplingConfig(max_tokens=12))).text

@@ -125,10 +125,11 @@ class Completion:
     drafted: int = 0
     accepted: int = 0
     relaxed: int = 0
+    cached_tokens: int = 0  # of the prompt, taken from the engine's cache of prefixes
 
     def after(self, discarded: "Completion") -> "Completion":
         """This answer plus the token counts of an earlier, discarded one."""
-        counts = ("prompt_tokens", "output_tokens", "drafted", "accepted", "relaxed")
+        counts = ("prompt_tokens", "output_tokens", "drafted", "accepted", "relaxed", "cached_tokens")
         return replace(self, **{name: getattr(self, name) + getattr(discarded, name) for name in counts})
 
 
@@ -584,8 +585,9 @@ def _completion(response: httpx.Response, url: str, attempt: int) -> Completion:
             prompt_tokens=int(usage.get("prompt_tokens", 0)),
             output_tokens=int(usage.get("completion_tokens", 0)),
             finish_reason=choice.get("finish_reason") or "stop",
+            cached_tokens=int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0),
         )
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise RequestFailed(
             f"{url} returned 200 without a chat completion ({type(error).__name__}: {error})", attempt
         ) from None

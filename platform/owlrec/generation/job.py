@@ -214,6 +214,13 @@ def decoder_counters(cards: Iterable[Card]) -> DecoderCounters | None:
     return add_counters(parts) if parts else None
 
 
+def cached_share(cards: Iterable[Card]) -> float:
+    """Share of the prompts' tokens that came from the engines' caches; 0 if none did, or the engine does not say."""
+    cards = list(cards)
+    cached, read = (sum(float(c.counts.get(name, 0)) for c in cards) for name in ("cached_tokens", "prompt_tokens"))
+    return cached / read if read else 0.0
+
+
 def check_dead_share(artifact: Artifact, cards: Iterable[Card], config: GenerateConfig) -> None:
     """Raises EngineError, with the most common reasons, if more rows died than `max_dead_share` allows."""
     cards = list(cards)
@@ -399,7 +406,8 @@ async def generate_shard(work: Work, job: GenerationJob, engine: Engine, catalog
     kept, chains = _keep_unchanged(_earlier_texts(work, job), rows, engine.count_tokens)
     gate, cohorts = QualityGate(job.quality, job.scenario), _cohorts(workspace, job, shard)
     answers: list[list[tuple[Row, Outcome]]] = [[] for _ in chains]
-    places = iter(range(len(chains)))
+    # Prompts that begin alike are asked one after another, while the engine's cache still has what they share.
+    places = iter(sorted(range(len(chains)), key=lambda at: _text(chains[at][0])))
 
     async def ask() -> None:
         for at in places:
@@ -455,6 +463,7 @@ def write_shard(work: Work, kept: pa.Table, new: pa.Table, dead: pa.Table, outco
             "prompt_tokens": _total(new, "prompt_tokens"),
             "output_tokens": _total(new, "output_tokens"),
             "accepted": _total(new, "accepted"),
+            "cached_tokens": sum(o.result.cached_tokens for o in outcomes if isinstance(o.result, Completion)),
             **{f"flag_{flag}": n for flag, n in flags.items()},
             **{f"quality_{action}": n for action, n in actions.items()},
         },
@@ -541,6 +550,10 @@ def _drafting(job: GenerationJob, prompt: Prompt, cohorts: Sequence[str]) -> dic
         return None
     rule = job.decoding.relaxation if mode == "relaxed" else None
     return request_arguments([*cohorts, prompt.kind], prompt.id, mode=mode, relaxation=rule)
+
+
+def _text(row: Row) -> tuple[str, str]:
+    return (row.system, row.text) if isinstance(row, Prompt) else ("", "")
 
 
 def _digest(row: Prompt) -> str:

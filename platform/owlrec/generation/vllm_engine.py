@@ -316,6 +316,7 @@ class VllmEngine(Engine):
             drafted=answer.counts[0],
             accepted=answer.counts[1],
             relaxed=answer.counts[2],
+            cached_tokens=answer.cached_tokens,
         )
 
     async def next_token_scores(

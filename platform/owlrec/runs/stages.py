@@ -38,6 +38,7 @@ from owlrec.generation.job import (
     GenerateStage,
     add_cards,
     build_job,
+    cached_share,
     check_dead_share,
     decoder_counters,
     iterate_knowledge,
@@ -362,6 +363,8 @@ def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) 
             cards = write_texts(recipe, workspace, stage, inputs, rows, on_card, done=done, again=dead)
         if counters := decoder_counters(c for name, c in cards.items() if name in rows):
             note(f"decoder: {counters.summary}")
+        if share := cached_share(c for name, c in cards.items() if name in rows):
+            note(f"{share:.0%} of the prompts' tokens came from the engine's cache")
     else:
         note(f"all {len(inputs)} shards are already done")
     check_dead_share(job.artifact(workspace), cards.values(), recipe.generate)
