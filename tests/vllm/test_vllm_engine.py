@@ -1,8 +1,10 @@
 """The real engine with the packaged model: answers, limits and a failed start."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -16,6 +18,7 @@ from owlrec.generation.engines import (
     SamplingConfig,
     load_tokenizer,
     model_identity,
+    render_chat,
 )
 from owlrec.generation.release_pools import write_release_pools
 from owlrec.generation.vllm_engine import VllmEngine
@@ -58,7 +61,7 @@ def test_rows_and_tokens_of_a_step_are_vllms_choice_for_batches_as_far_as_the_ca
 
 
 def test_a_prefix_that_rows_share_is_read_once(engine: VllmEngine) -> None:
-    system = "You introduce films to readers who know nothing but a title, in a few clear, brief and neutral sentences. "
+    system = "You introduce films to readers who know nothing but a title, in a few clear, brief, neutral sentences. "
     system += "You name genre, director and mood."
 
     async def ask(word: str) -> Completion:
@@ -66,6 +69,24 @@ def test_a_prefix_that_rows_share_is_read_once(engine: VllmEngine) -> None:
 
     first, second = asyncio.run(ask("Alien")), asyncio.run(ask("Heat"))
     assert (first.cached_tokens, second.cached_tokens) == (0, 32)  # one block of the CPU's cache
+
+
+def test_prompts_are_tokenized_in_their_order_by_a_thread_of_its_own(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered = list[tuple[str, str]]()
+
+    def record(tokenizer: Any, system: str, prompt: str, options: Any) -> list[int]:
+        rendered.append((prompt, threading.current_thread().name.partition("_")[0]))
+        return render_chat(tokenizer, system, prompt, options)
+
+    monkeypatch.setattr("owlrec.generation.vllm_engine.render_chat", record)
+
+    async def ask() -> None:
+        await asyncio.gather(*(engine.complete("", prompt, SamplingConfig(max_tokens=2)) for prompt in "abcdef"))
+
+    asyncio.run(ask())
+    assert rendered == [(prompt, "render") for prompt in "abcdef"]
 
 
 def test_greedy_answers_repeat(engine: VllmEngine) -> None:

@@ -400,10 +400,7 @@ async def generate_shard(work: Work, job: GenerationJob, engine: Engine, catalog
     Raises ShardTaken before anything is written, and WorkerLost if the engine is dead.
     """
     workspace, shard = work.workspace, work.shard
-    rows = await asyncio.to_thread(read_prompts, workspace, job, shard, engine, catalog)
-    if shard.kind == "user" and len(gone := await asyncio.to_thread(read_tombstones, workspace)):
-        rows = [row for row, out in zip(rows, gone.among([row.id for row in rows]), strict=True) if not out]
-    kept, chains = _keep_unchanged(_earlier_texts(work, job), rows, engine.count_tokens)
+    kept, chains = await asyncio.to_thread(_read_chains, work, job, engine, catalog)
     gate, cohorts = QualityGate(job.quality, job.scenario), _cohorts(workspace, job, shard)
     answers: list[list[tuple[Row, Outcome]]] = [[] for _ in chains]
     # Prompts that begin alike are asked one after another, while the engine's cache still has what they share.
@@ -426,7 +423,8 @@ async def generate_shard(work: Work, job: GenerationJob, engine: Engine, catalog
     framework = READY_MADE.get(shard.kind) if shard.kind in job.ready else None
     asked = [pair for chain in answers for pair in chain]
     outcomes = [outcome for _, outcome in asked]
-    new, dead = to_tables(job, framework or job.prompts.framework, [row for row, _ in asked], outcomes)
+    rows = [row for row, _ in asked]
+    new, dead = await asyncio.to_thread(to_tables, job, framework or job.prompts.framework, rows, outcomes)
     # In a thread, since a disk or an object store takes time that other shards' rows can use. A write
     # that fails temporarily is retried, because the answers have been paid for.
     return await patiently(lambda: asyncio.to_thread(write_shard, work, kept, new, dead, outcomes))
@@ -468,6 +466,17 @@ def write_shard(work: Work, kept: pa.Table, new: pa.Table, dead: pa.Table, outco
             **{f"quality_{action}": n for action, n in actions.items()},
         },
     )
+
+
+def _read_chains(
+    work: Work, job: GenerationJob, engine: Engine, catalog: ItemCatalog | None
+) -> tuple[pa.Table, list[list[Row]]]:
+    """The shard's prompts without forgotten users; see _keep_unchanged."""
+    workspace, shard = work.workspace, work.shard
+    rows = read_prompts(workspace, job, shard, engine, catalog)
+    if shard.kind == "user" and len(gone := read_tombstones(workspace)):
+        rows = [row for row, out in zip(rows, gone.among([row.id for row in rows]), strict=True) if not out]
+    return _keep_unchanged(_earlier_texts(work, job), rows, engine.count_tokens)
 
 
 def read_prompts(

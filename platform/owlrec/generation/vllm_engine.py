@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -275,7 +276,7 @@ class NextTokenScores:
 
 
 class VllmEngine(Engine):
-    """A tokenizer and the thread that steps a vllm.LLMEngine."""
+    """A tokenizer with its thread, and the thread that steps a vllm.LLMEngine."""
 
     def __init__(self, config: VllmEngineConfig, decoding: DecodingConfig, limits: DraftLimits | None = None) -> None:
         """Loads the model; takes seconds on a CPU, minutes for a large model. Raises EngineError if it cannot
@@ -292,6 +293,7 @@ class VllmEngine(Engine):
         except VllmError as error:
             raise EngineError(str(error)) from None
         self.model = resolve_model(config.model)
+        self._rendering = ThreadPoolExecutor(1, "render")
         prepare_environment(config, self.cpu)
         try:
             self._stepping = Stepping(self._start, drafts=decoding.mode != "off")
@@ -304,7 +306,7 @@ class VllmEngine(Engine):
         self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
     ) -> Completion:
         """See Engine.complete. Raises EngineStopped if vLLM itself has failed."""
-        token_ids = render_chat(self._tokenizer, system, prompt)
+        token_ids = await self.token_ids(system, prompt)
         check_length(len(token_ids), sampling, self.context_tokens)
         answer = await self._stepping.ask(token_ids, self._params(sampling, extra))
         self.counters, output = self._stepping.counters, answer.output
@@ -318,6 +320,13 @@ class VllmEngine(Engine):
             relaxed=answer.counts[2],
             cached_tokens=answer.cached_tokens,
         )
+
+    async def token_ids(self, system: str, prompt: str, options: Mapping[str, Any] | None = None) -> list[int]:
+        """See render_chat. In a thread of its own, so that neither the caller's loop nor the stepping thread waits:
+        rows asked at once are tokenized ahead of the engine, in their order.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._rendering, render_chat, self._tokenizer, system, prompt, options)
 
     async def next_token_scores(
         self, token_ids: Sequence[int], wanted: Sequence[int], adapter: str | None = None
@@ -348,7 +357,8 @@ class VllmEngine(Engine):
         return self._count(text)
 
     def close(self) -> None:
-        """Finishes requests in flight, stops the stepping thread and frees the model."""
+        """Finishes requests in flight, stops the threads and frees the model."""
+        self._rendering.shutdown(wait=False)
         self._stepping.close()
 
     def _params(self, sampling: SamplingConfig, extra: Mapping[str, Any] | None) -> Any:
