@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 from shard_runs import ECHO, dead_letters_file, run_shard, texts_file
 
 from owlrec.errors import WorkspaceError
@@ -145,6 +146,17 @@ def test_unprepared_workspace_says_what_to_run(workspace: Workspace) -> None:
 )
 def test_job_fingerprint_sees_all_that_shapes_a_text(change: dict) -> None:
     assert job(**change).fingerprint != job().fingerprint
+
+
+def test_precision_of_an_engine_is_named_once_and_makes_another_job() -> None:
+    model = {"type": "vllm", "model": "/m"}
+    plain, fp8 = (VllmEngineConfig(**model, **more) for more in ({}, {"precision": "fp8"}))
+    assert job(engine=plain).fingerprint != job(engine=fp8).fingerprint
+    for twice, key in (({"kv_cache_dtype": "fp8"}, "engine_args.kv_cache_dtype"), ({"quantization": "awq"}, "quant")):
+        with pytest.raises(ValidationError, match=key):
+            VllmEngineConfig(**model, precision="fp8", engine_args=twice)
+    with pytest.raises(ValidationError, match="dtype"):
+        VllmEngineConfig(**model, precision="fp8", dtype="float32")
 
 
 def test_job_fingerprint_ignores_speed_settings() -> None:

@@ -174,6 +174,11 @@ def test_drafts_from_a_release_give_the_same_answers_in_fewer_steps(tmp_path: Pa
     assert all(a.drafted == 0 for a in plain)
 
 
+def test_fp8_is_refused_on_a_cpu_before_the_model_is_loaded() -> None:
+    with pytest.raises(EngineError, match=r"engine\.precision"):
+        build_engine(CONFIG.model_copy(update={"precision": "fp8", "model": "/nowhere"}))
+
+
 def test_two_ways_of_speculating_exclude_each_other() -> None:
     config = CONFIG.model_copy(update={"engine_args": {"speculative_config": {"method": "ngram"}}})
     with pytest.raises(EngineError, match=r"engine_args\.speculative_config and decoding\.mode: strict"):

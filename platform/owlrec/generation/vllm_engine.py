@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from owlrec.errors import EngineError
 from owlrec.generation.engines import (
@@ -210,6 +210,7 @@ _NAMES = """
     device numa_bind disable_hybrid_kv_cache_manager kv_transfer_config kv_events_config
 """
 _OPERATIONAL = frozenset(_NAMES.split())
+_FP8 = {"quantization": "fp8", "kv_cache_dtype": "fp8"}  # vllm.EngineArgs of `precision: fp8`
 
 
 class VllmEngineConfig(EngineConfig):
@@ -217,12 +218,14 @@ class VllmEngineConfig(EngineConfig):
     enable_lora, …).
     """
 
-    shapes_output: ClassVar[tuple[str, ...]] = ("type", "dtype", "revision", "engine_args")
+    shapes_output: ClassVar[tuple[str, ...]] = ("type", "dtype", "precision", "revision", "engine_args")
 
     type: Literal["vllm"]
     model: str
     revision: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    # fp8: weights quantized while loading, and a cache of half the bytes, for GPUs from compute capability 8.9 on.
+    precision: Literal["auto", "fp8"] = "auto"
     max_model_len: int = Field(2048, ge=64)
     # Rows at once. None = what vLLM's LLM class takes on the device (1,024 on an H100), but on a CPU no more rows of
     # max_model_len than the cache holds.
@@ -231,6 +234,15 @@ class VllmEngineConfig(EngineConfig):
     # CPU only; SmolLM2-135M takes 23 kB per token, so 2 GiB hold 91 rows of 1,024 tokens.
     kv_cache_gib: int = Field(2, ge=1)
     engine_args: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> "VllmEngineConfig":
+        if self.precision != "auto":
+            if taken := sorted(_FP8.keys() & self.engine_args.keys()):
+                raise ValueError(f"precision and engine_args.{taken[0]} set the same: leave one out")
+            if self.dtype == "float32":
+                raise ValueError("precision: fp8 computes in bfloat16 or float16: leave out dtype: float32")
+        return self
 
     def shaping(self) -> dict[str, Any]:
         """See EngineConfig.shaping: without engine_args such as a share of the GPU's memory."""
@@ -288,10 +300,12 @@ class VllmEngine(Engine):
                 "Remove one."
             )
         self.config, self.decoding, self.limits = config, decoding, limits
-        try:
-            self.cpu = is_cpu_build()
-        except VllmError as error:
-            raise EngineError(str(error)) from None
+        self.cpu = on_cpu()
+        if self.cpu and config.precision == "fp8":
+            raise EngineError(
+                "engine.precision: fp8 needs a GPU, but vLLM's CPU build is installed. Leave the key out, or install "
+                "owlrec[gpu] on a machine with one."
+            )
         self.model = resolve_model(config.model)
         self._rendering = ThreadPoolExecutor(1, "render")
         prepare_environment(config, self.cpu)
@@ -401,6 +415,8 @@ class VllmEngine(Engine):
             "enforce_eager": self.cpu,
             "disable_log_stats": True,
         }
+        if self.config.precision == "fp8":
+            args |= _FP8
         if self.cpu:
             # Prefixes are cached in whole blocks: the CPU default of 128 tokens is longer than the system turn that all
             # rows share.
@@ -423,6 +439,14 @@ class VllmEngine(Engine):
             scheduler.max_num_seqs, scheduler.max_num_batched_tokens, cache_tokens, cache_tokens * token_bytes(settings)
         )
         return engine
+
+
+def on_cpu() -> bool:
+    """Whether vLLM's CPU build is installed. Raises EngineError if vLLM is missing or has another version."""
+    try:
+        return is_cpu_build()
+    except VllmError as error:
+        raise EngineError(str(error)) from None
 
 
 def rows_in_cache(settings: Any) -> int:
