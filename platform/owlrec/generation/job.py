@@ -471,26 +471,65 @@ def write_shard(work: Work, kept: pa.Table, new: pa.Table, dead: pa.Table, outco
 def _read_chains(
     work: Work, job: GenerationJob, engine: Engine, catalog: ItemCatalog | None
 ) -> tuple[pa.Table, list[list[Row]]]:
-    """The shard's prompts without forgotten users; see _keep_unchanged."""
-    workspace, shard = work.workspace, work.shard
-    rows = read_prompts(workspace, job, shard, engine, catalog)
-    if shard.kind == "user" and len(gone := read_tombstones(workspace)):
-        rows = [row for row, out in zip(rows, gone.among([row.id for row in rows]), strict=True) if not out]
+    """See _keep_unchanged."""
+    rows = read_prompts(work.workspace, job, work.shard, engine.count_tokens, catalog)
     return _keep_unchanged(_earlier_texts(work, job), rows, engine.count_tokens)
 
 
 def read_prompts(
-    workspace: Workspace, job: GenerationJob, shard: Shard, engine: Engine, catalog: ItemCatalog | None
+    workspace: Workspace,
+    job: GenerationJob,
+    shard: Shard,
+    count_tokens: Callable[[str], int],
+    catalog: ItemCatalog | None,
 ) -> list[Row]:
-    """The shard's prompts, in table order, including "" texts and unreadable rows."""
+    """The shard's prompts without those of forgotten users, in table order, including "" texts and unreadable rows.
+
+    catalog: for prompts of users that are not ready-made.
+    """
+    rows: list[Row]
     if shard.kind in job.ready:
-        return list(prompts_from_table(workspace.read_parquet(job.input_file(shard))))
-    rows = workspace.read_shard(TABLES[shard.kind], shard.number)  # type: ignore[index]
-    if shard.kind == "item":
-        return list(item_prompts(rows, job.scenario, job.prompts.framework))
-    assert catalog is not None
-    histories = workspace.read_shard("histories", shard.number)
-    return list(user_prompts(rows, histories, catalog, job.prompts, job.scenario, engine.count_tokens))
+        rows = list(prompts_from_table(workspace.read_parquet(job.input_file(shard))))
+    else:
+        table = workspace.read_shard(TABLES[shard.kind], shard.number)  # type: ignore[index]
+        if shard.kind == "item":
+            return list(item_prompts(table, job.scenario, job.prompts.framework))
+        assert catalog is not None
+        histories = workspace.read_shard("histories", shard.number)
+        rows = list(user_prompts(table, histories, catalog, job.prompts, job.scenario, count_tokens))
+    if shard.kind == "user" and len(gone := read_tombstones(workspace)):
+        rows = [row for row, out in zip(rows, gone.among([row.id for row in rows]), strict=True) if not out]
+    return rows
+
+
+def sample_prompts(
+    workspace: Workspace,
+    job: GenerationJob,
+    shards: Iterable[Shard],
+    n: int,
+    seed: int,
+    count_tokens: Callable[[str], int],
+) -> list[Prompt]:
+    """At most `n` prompts of randomly chosen shards, of each kind in proportion to its shards, in the order of asking.
+
+    Without those that have nothing to ask or continue from an answer.
+    """
+    by_kind: dict[str, list[Shard]] = {}
+    for shard in shards:
+        by_kind.setdefault(shard.kind, []).append(shard)
+    rng, n_shards = np.random.default_rng(seed), sum(map(len, by_kind.values()))
+    catalog = ItemCatalog.load(workspace) if "user" in by_kind and "user" not in job.ready else None
+    chosen: list[Prompt] = []
+    for theirs in by_kind.values():
+        wanted = min(n - len(chosen), max(1, round(n * len(theirs) / n_shards)))
+        for at in rng.permutation(len(theirs)):
+            rows = read_prompts(workspace, job, theirs[at], count_tokens, catalog)
+            usable = [row for row in rows if isinstance(row, Prompt) and row.text and not row.earlier_tokens]
+            picked = [usable[i] for i in rng.permutation(len(usable))[:wanted]]
+            chosen, wanted = chosen + picked, wanted - len(picked)
+            if not wanted:
+                break
+    return sorted(chosen, key=_text)
 
 
 def _earlier_texts(work: Work, job: GenerationJob) -> pa.Table:

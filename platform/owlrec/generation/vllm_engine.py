@@ -6,18 +6,26 @@ tokens/s). On a GPU vLLM's own default applies.
 """
 
 import asyncio
+import json
 import os
 import queue
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from owlrec.config import Config
 from owlrec.errors import EngineError
 from owlrec.generation.engines import (
     PACKAGED,
@@ -26,6 +34,7 @@ from owlrec.generation.engines import (
     EngineConfig,
     EngineStopped,
     RequestRefused,
+    RowError,
     SamplingConfig,
     check_length,
     load_tokenizer,
@@ -206,7 +215,8 @@ _NAMES = """
     model_loader_extra_config ignore_patterns use_tqdm_on_load disable_log_stats disable_log_requests
     enable_log_requests otlp_traces_endpoint collect_detailed_traces show_hidden_metrics_for_version
     kv_cache_metrics cudagraph_metrics enable_mfu_metrics enforce_eager compilation_config
-    cudagraph_capture_sizes max_cudagraph_capture_size optimization_level seed_device trust_remote_code hf_token
+    cudagraph_capture_sizes max_cudagraph_capture_size optimization_level
+    performance_mode seed_device trust_remote_code hf_token
     device numa_bind disable_hybrid_kv_cache_manager kv_transfer_config kv_events_config
 """
 _OPERATIONAL = frozenset(_NAMES.split())
@@ -486,3 +496,208 @@ def prepare_environment(config: VllmEngineConfig, cpu: bool) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
         os.environ["OMP_NUM_THREADS"] = str(config.threads or len(os.sched_getaffinity(0)))
+
+
+# --------------------------------------------------------------------------------------------------------- engine sweep
+# A small grid over an engine's settings, measured on a sample of the recipe's own prompts.
+#
+# Modeled on datatrove's inference benchmark (examples/inference/benchmark): failures stay rows of the table, and it
+# ends in a recipe. One axis after the other is tried from the best so far, so that four axes take about seven engines
+# in place of 36. Each engine has its own process: it holds global state, and one that dies takes nothing with it.
+
+
+_CLEARLY = 1.02  # times the best rate so far: a smaller gain is noise
+WARM_UP = 8  # prompts before the clock starts
+_SETTING_S = 3600.0  # for loading the model and answering the sample
+_REASON = 500  # characters of a failure's reason
+_CHILD = "import sys; from owlrec.generation.vllm_engine import measure_file; measure_file(*sys.argv[1:])"
+
+
+class EngineSetting(Config):
+    """One point of the grid. None = vLLM's choice."""
+
+    max_num_seqs: int | None = Field(None, ge=1)
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    precision: Literal["auto", "fp8"] = "auto"
+    decoding: Literal["off", "strict", "relaxed"] = "off"
+
+    @classmethod
+    def of(cls, engine: VllmEngineConfig, decoding: DecodingConfig) -> "EngineSetting":
+        """The setting that a recipe has."""
+        rows, tokens = engine.max_num_seqs, engine.engine_args.get("max_num_batched_tokens")
+        rows = engine.engine_args.get("max_num_seqs", rows)
+        return cls(max_num_seqs=rows, max_num_batched_tokens=tokens, precision=engine.precision, decoding=decoding.mode)
+
+    @property
+    def label(self) -> str:
+        """One line of text."""
+        named = {"rows": self.max_num_seqs, "tokens per step": self.max_num_batched_tokens}
+        parts = [f"{value or 'default'} {name}" for name, value in named.items()]
+        return ", ".join([*parts, f"precision {self.precision}", f"decoding {self.decoding}"])
+
+    def lines(self, engine: VllmEngineConfig, decoding: DecodingConfig) -> dict[str, dict[str, Any]]:
+        """The recipe's sections with this setting: the keys in which it differs from the recipe's own."""
+        before, ours, args = EngineSetting.of(engine, decoding), dict[str, Any](), dict(engine.engine_args)
+        if self.max_num_seqs != before.max_num_seqs:
+            ours["max_num_seqs"] = self.max_num_seqs
+            args.pop("max_num_seqs", None)  # would win over ours
+        if self.precision != before.precision:
+            ours["precision"] = self.precision
+        if self.max_num_batched_tokens != before.max_num_batched_tokens:
+            args["max_num_batched_tokens"] = self.max_num_batched_tokens
+        if args != engine.engine_args:
+            ours["engine_args"] = args
+        changed = {"mode": self.decoding} if self.decoding != before.decoding else {}
+        return {name: keys for name, keys in (("engine", ours), ("decoding", changed)) if keys}
+
+
+class MeasuredSetting(Config):
+    """What an engine with one setting did; only `error` where it failed."""
+
+    setting: EngineSetting
+    prompts_per_s: float = 0.0
+    output_tokens_per_s: float = 0.0
+    cached_share: float = 0.0  # of the prompts' tokens
+    rows: int = 0
+    step_tokens: int = 0
+    cache_tokens: int = 0
+    cache_gib: float = 0.0
+    startup_s: float = 0.0
+    failed_rows: int = 0
+    error: str = ""
+
+    def beats(self, other: "MeasuredSetting") -> bool:
+        """Whether it answers clearly more prompts per second."""
+        return not self.error and (bool(other.error) or self.prompts_per_s > _CLEARLY * other.prompts_per_s)
+
+
+def default_axes(first: MeasuredSetting, *, cpu: bool) -> dict[str, list[Any]]:
+    """Values to try by field of EngineSetting: half and twice what the first engine took, then other ways to run."""
+    axes: dict[str, list[Any]] = {
+        "max_num_seqs": [max(1, first.rows // 2), 2 * first.rows] if first.rows else [64, 256],
+        "max_num_batched_tokens": (
+            [max(1, first.step_tokens // 2), 2 * first.step_tokens] if first.step_tokens else [2048, 8192]
+        ),
+    }
+    if not cpu:
+        axes["precision"] = ["auto", "fp8"]
+    axes["decoding"] = ["off", "strict"]
+    return axes
+
+
+def sweep(
+    first: EngineSetting,
+    axes: Mapping[str, Sequence[Any]],
+    measure: Callable[[EngineSetting], MeasuredSetting],
+    *,
+    cpu: bool,
+) -> tuple[list[MeasuredSetting], MeasuredSetting]:
+    """All measured settings in order, and the best.
+
+    axes: values by field of EngineSetting; fields without have those of default_axes, and none if empty.
+    """
+    rows = [measure(first)]
+    best = rows[0]
+    for name, values in (default_axes(best, cpu=cpu) | dict(axes)).items():
+        start = best.setting
+        for value in values:
+            setting = start.model_copy(update={name: value})
+            if any(row.setting == setting for row in rows):
+                continue
+            rows.append(measure(setting))
+            if rows[-1].beats(best):
+                best = rows[-1]
+    return rows, best
+
+
+def measure_setting(
+    setting: EngineSetting,
+    engine: VllmEngineConfig,
+    decoding: DecodingConfig,
+    sampling: SamplingConfig,
+    prompts: Sequence[tuple[str, str]],
+    log: Path,
+) -> MeasuredSetting:
+    """Answers `prompts`, pairs of system and user turn, by a new engine in a process of its own.
+
+    log: file for that process's output.
+    """
+    lines = setting.lines(engine, decoding)
+    job = {
+        "setting": setting.model_dump(),
+        "engine": engine.model_dump() | lines.get("engine", {}),
+        "decoding": decoding.model_dump() | lines.get("decoding", {}),
+        "sampling": sampling.model_dump(),
+        "prompts": list(prompts),
+    }
+    with tempfile.TemporaryDirectory() as folder, log.open("ab") as output:
+        asked, answered = Path(folder) / "asked.json", Path(folder) / "answered.json"
+        asked.write_text(json.dumps(job))
+        command = [sys.executable, "-c", _CHILD, str(asked), str(answered)]
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        try:
+            code = process.wait(_SETTING_S)
+        except subprocess.TimeoutExpired:
+            return MeasuredSetting(setting=setting, error=f"took more than {_SETTING_S:,.0f} s")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # vLLM's own processes, too
+            process.wait()
+        if answered.exists():
+            return MeasuredSetting.model_validate_json(answered.read_bytes())
+    return MeasuredSetting(setting=setting, error=f"the engine's process ended with {code}; see {log}")
+
+
+def measure_file(asked: str, answered: str) -> None:
+    """Entry point of measure_setting's process: reads a job and writes a MeasuredSetting, both JSON."""
+    job = json.loads(Path(asked).read_bytes())
+    setting = EngineSetting.model_validate(job["setting"])
+    try:
+        engine = VllmEngineConfig.model_validate(job["engine"])
+        decoding, sampling = DecodingConfig(**job["decoding"]), SamplingConfig(**job["sampling"])
+        measured = asyncio.run(_measure(setting, engine, decoding, sampling, job["prompts"]))
+    except (EngineError, ValidationError) as error:
+        measured = MeasuredSetting(setting=setting, error=" ".join(str(error).split())[:_REASON])
+    Path(answered).write_text(measured.model_dump_json())
+
+
+async def _measure(
+    setting: EngineSetting,
+    config: VllmEngineConfig,
+    decoding: DecodingConfig,
+    sampling: SamplingConfig,
+    prompts: Sequence[tuple[str, str]],
+) -> MeasuredSetting:
+    start = time.perf_counter()
+    engine = VllmEngine(config, decoding)
+    startup_s = time.perf_counter() - start
+
+    async def ask(system: str, prompt: str) -> Completion | None:
+        try:
+            return await engine.complete(system, prompt, sampling)
+        except RowError:
+            return None
+
+    try:
+        await asyncio.gather(*(ask(*turns) for turns in prompts[:WARM_UP]))
+        start = time.perf_counter()
+        answers = await asyncio.gather(*(ask(*turns) for turns in prompts[WARM_UP:]))
+        seconds = time.perf_counter() - start
+    finally:
+        engine.close()
+    done = [answer for answer in answers if answer is not None]
+    read, cached, written = (
+        sum(getattr(answer, name) for answer in done) for name in ("prompt_tokens", "cached_tokens", "output_tokens")
+    )
+    return MeasuredSetting(
+        setting=setting,
+        prompts_per_s=len(done) / seconds,
+        output_tokens_per_s=written / seconds,
+        cached_share=cached / read if read else 0.0,
+        rows=engine.size.rows,
+        step_tokens=engine.size.step_tokens,
+        cache_tokens=engine.size.cache_tokens,
+        cache_gib=engine.size.cache_bytes / 2**30,
+        startup_s=startup_s,
+        failed_rows=len(answers) - len(done),
+    )
