@@ -227,7 +227,11 @@ def test_lossless_drafting_makes_no_other_job_and_a_relaxed_rule_does() -> None:
 def test_engine_options_that_shape_no_answer_make_no_other_job() -> None:
     fingerprints = {
         job(engine=VllmEngineConfig(type="vllm", model="smollm2-135m", engine_args=options)).fingerprint
-        for options in ({}, {"gpu_memory_utilization": 0.8}, {"tensor_parallel_size": 2, "max_num_batched_tokens": 99})
+        for options in (
+            {},
+            {"gpu_memory_utilization": 0.8},
+            {"tensor_parallel_size": 2, "performance_mode": "throughput"},
+        )
     }
     assert len(fingerprints) == 1
     quantized = VllmEngineConfig(type="vllm", model="smollm2-135m", engine_args={"quantization": "fp8"})
