@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 
 from owlrec import __version__
 from owlrec.errors import (
+    EngineError,
     OwlRecError,
     RecipeError,
     ServingError,
@@ -42,6 +43,7 @@ from owlrec.shards import Card, finished_stage
 from owlrec.workspace import Workspace
 
 if TYPE_CHECKING:
+    from owlrec.generation.vllm_engine import MeasuredSetting
     from owlrec.recipe import Recipe
 
 # What `owlrec submit` starts on a cluster: the words of the command that each stage is.
@@ -52,6 +54,7 @@ SUBMITTED = {stage: ("run", "--only", stage) for stage in STAGES} | {
     "refresh": ("refresh",),
     "export_ctr": ("ctr", "export"),
     "sweep_ctr": ("ctr", "sweep"),
+    "sweep_engine": ("sweep-engine",),
 }
 _WITH_REPLICAS = (*STAGES, "score_pairs", "refresh")
 
@@ -294,8 +297,7 @@ def plan(
     shares = {"acting_share": acting_share, "renewed_share": renewed_share}
     horizon = cost.Horizon.model_validate({**counts, **shares, "refreshes": refreshes})
     settings = _recipe(recipe, workspace=workspace)
-    batch = getattr(settings.engine, "max_num_seqs", getattr(settings.engine, "concurrency", 1))
-    in_flight = max(1, min(SHARDS_IN_FLIGHT, round(batch / settings.shard_rows)))
+    in_flight = max(1, min(SHARDS_IN_FLIGHT, round(settings.engine.rows_at_once / settings.shard_rows)))
     with _messages(as_json):
         store, machines = Workspace(settings.workspace), cost.load_fleet(fleet)
         workload = cost.measured_workload(store, settings.shard_rows, in_flight)
@@ -304,6 +306,80 @@ def plan(
         figures = cost.report(workload, machines, horizon, chosen)
     if as_json:
         _print_json(json.loads(json.dumps(figures, default=list)))
+
+
+@app.command("sweep-engine")
+def sweep_engine(
+    recipe: RecipePath,
+    workspace: WorkspaceOption = None,
+    prompts: Annotated[
+        int, typer.Option("--prompts", min=1, help="sample of the recipe's prompts; at least four times the rows")
+    ] = 256,
+    seed: Annotated[int, typer.Option("--seed", help="of the sample")] = 0,
+    max_num_seqs: Annotated[
+        list[int] | None, typer.Option(min=1, help="rows at once, repeatable; default: half and twice the recipe's")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="tokens per step, repeatable; default: half and twice the recipe's")
+    ] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="auto or fp8, repeatable; default: fp8 on a GPU")] = None,
+    decoding: Annotated[
+        list[str] | None, typer.Option(help="off, strict or relaxed, repeatable; default: off and strict")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure engine settings on a sample of the recipe's prompts, each in a process of its own; write no texts.
+
+    Ends in a table and in the recipe's lines for the fastest setting.
+    """
+    import yaml
+
+    from owlrec.runs.stages import open_workspace
+    from owlrec.runs.stages import sweep_engine as run_sweep
+
+    settings = _recipe(recipe, workspace=workspace)
+    given = {
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "precision": [_one_of(value, "precision", ("auto", "fp8")) for value in precision or ()],
+        "decoding": [_one_of(value, "decoding", ("off", "strict", "relaxed")) for value in decoding or ()],
+    }
+    axes = {name: values for name, values in given.items() if values}
+    with _messages(as_json):
+        rows, best, lines = run_sweep(settings, open_workspace(settings), axes, n_prompts=prompts, seed=seed)
+        columns = ["rows", "step tokens", "precision", "decoding", "prompts/s", "tokens/s", "cache GiB", "cached"]
+        columns += ["start s", "result"]
+        table("engine settings", columns, [_setting_row(row, best) for row in rows])
+        if best.error:
+            raise EngineError("no setting could be measured. See the table's last column.")
+        note("for the recipe:" if lines else "the recipe's own setting is the fastest")
+    if as_json:
+        shown = {"settings": [row.model_dump(mode="json") for row in rows], "best": best.model_dump(mode="json")}
+        _print_json({**shown, "recipe": lines})
+    elif lines:
+        print(yaml.safe_dump(lines, sort_keys=False), end="")
+
+
+def _one_of(value: str, option: str, names: Sequence[str]) -> str:
+    if value not in names:
+        raise RecipeError(f"--{option}: unknown value '{value}'.{did_you_mean(value, names)}")
+    return value
+
+
+def _setting_row(row: "MeasuredSetting", best: "MeasuredSetting") -> tuple[object, ...]:
+    setting = row.setting
+    named = (
+        row.rows or setting.max_num_seqs or "default",
+        row.step_tokens or setting.max_num_batched_tokens or "default",
+        setting.precision,
+        setting.decoding,
+    )
+    if row.error:
+        return (*named, "", "", "", "", "", f"failed: {row.error}")
+    figures = (row.prompts_per_s, row.output_tokens_per_s, row.cache_gib)
+    failed = f"{row.failed_rows} rows failed" if row.failed_rows else ""
+    result = ", ".join(part for part in ("fastest" if row == best else "", failed) if part)
+    return (*named, *figures, f"{row.cached_share:.0%}", row.startup_s, result)
 
 
 def row_count(text: str) -> int:

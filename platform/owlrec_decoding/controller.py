@@ -258,10 +258,14 @@ class Controller:
     (`plain_*`) and in between (`drafting_*`): `tokens` and seconds, `s`.
     """
 
-    def __init__(self, times: StepTimes, *, max_draft: int, max_step_tokens: int) -> None:
-        """times: as measured at start. max_draft: tokens per row. max_step_tokens: bound on rows and drafts."""
+    def __init__(
+        self, times: StepTimes, *, max_draft: int, max_step_tokens: int, max_drafts: int | None = None
+    ) -> None:
+        """times: as measured at start. max_draft: tokens per row. max_step_tokens: bound on rows and drafts of a step.
+        max_drafts: bound on its drafts alone."""
         self.times = times
         self.max_draft, self.max_step_tokens = max_draft, max_step_tokens
+        self.max_drafts = max_step_tokens if max_drafts is None else max_drafts
         self.yardstick: Counter[str] = Counter()
         self._step, self._paused = 0, False
         self._recent: Counter[str] = Counter()  # the yardstick's counts since the last stretch ended
@@ -325,7 +329,8 @@ class Controller:
         return allocate(chance, count, self._seconds(rows, np.arange(room + 1)), at_least=at_least)
 
     def _room(self, rows: int) -> int:
-        return max(0, min(self.max_step_tokens, int(_GROWTH * max(self.times.largest, rows)) + 1) - rows)
+        tokens = min(self.max_step_tokens, int(_GROWTH * max(self.times.largest, rows)) + 1)
+        return max(0, min(tokens - rows, self.max_drafts))
 
     def _seconds(self, rows: int, drafts: np.ndarray) -> np.ndarray:
         """Expected seconds of steps with these numbers of drafts, with as much prefill as there was lately: which step

@@ -3,7 +3,8 @@
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -366,6 +367,9 @@ _MEASURED_TOKENS = (1, 4, 16, 64, 256)
 _MEASURING_S = 5.0  # limit on measuring a large model on a slow machine; the curve is then extrapolated
 _IDLE_S = 0.02  # longer pauses between steps are waiting for requests, not step time
 _KEPT_COUNTS = 4096  # finished requests with unread counts
+# Drafts in a step, unless there are more rows: their logits take memory (152,000 floats each for some models), and from
+# about 1,000 tokens on, a step of any GPU takes as much longer as it has more tokens.
+_STEP_DRAFTS = 1024
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker as _Base
@@ -416,6 +420,28 @@ def _describe(scheduled: Any, now: float) -> _Step | None:
     return _Step(now, rows, drafts, total - rows - drafts, context)
 
 
+@contextmanager
+def profiled_drafts(runner: Any, drafts: int) -> Iterator[None]:
+    """Lets vLLM's profile run verify so many drafts in its block.
+
+    vLLM 0.32 profiles one draft per row (gpu_model_runner.py:5999). With few rows, a step of ours has more, whose
+    logits would not fit beside a cache that took all other memory.
+    """
+    sample = runner._dummy_sampler_run
+
+    def widened(hidden_states: torch.Tensor) -> torch.Tensor:
+        rows = np.array([max(len(hidden_states), drafts)])
+        more = hidden_states.new_zeros((int(rows[0]), *hidden_states.shape[1:]))
+        with runner.maybe_select_dummy_loras(runner.lora_config, rows, num_sampled_tokens=rows):
+            return sample(more)
+
+    runner._dummy_sampler_run = widened
+    try:
+        yield
+    finally:
+        del runner._dummy_sampler_run
+
+
 class RetrievalWorker(_Base):
     """Mixed into a vLLM worker class; its "calls" arrive by `collective_rpc`."""
 
@@ -445,11 +471,28 @@ class RetrievalWorker(_Base):
         self._scheduled: dict[str, int] = {}  # drafts verified in this step, by request
         self._by_rows: dict[int, StepSums] = {}
 
+    def determine_available_memory(self) -> int:
+        """Profiles like vLLM, with the logits of as many drafts as a step may have."""
+        if self.model_runner.device.type == "cpu":  # its cache has a fixed size
+            return super().determine_available_memory()
+        with profiled_drafts(self.model_runner, self._max_drafts()):
+            return super().determine_available_memory()
+
+    def _max_drafts(self) -> int:
+        scheduler = self.vllm_config.scheduler_config
+        rows, most = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        return min(most, max(rows, min(rows * self.proposer.limits.max_draft, _STEP_DRAFTS)))
+
     def compile_or_warm_up_model(self) -> Any:
         """Warms up like vLLM, then measures the step-time curve and gives the proposer its controller."""
         times = super().compile_or_warm_up_model()
         limit = self.vllm_config.scheduler_config.max_num_batched_tokens
-        controller = Controller(self._measure(limit), max_draft=self.proposer.limits.max_draft, max_step_tokens=limit)
+        controller = Controller(
+            self._measure(limit),
+            max_draft=self.proposer.limits.max_draft,
+            max_step_tokens=limit,
+            max_drafts=self._max_drafts(),
+        )
         self.proposer.bind(self.model_runner, self.verifier, controller)
         return times
 

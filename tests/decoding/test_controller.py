@@ -93,6 +93,8 @@ def test_a_step_grows_by_at_most_half_beyond_what_was_seen() -> None:
 def test_the_step_bound_is_kept() -> None:
     controller = running(max_step_tokens=5)
     assert controller.allocate(np.full((4, 4), 0.9), np.full(4, 4)).sum() == 1
+    few = Controller(StepTimes([1, 64], [1.0, 1.0]), max_draft=4, max_step_tokens=1000, max_drafts=3)
+    assert few.allocate(np.full((4, 4), 0.9), np.full(4, 4)).sum() == 3
 
 
 def test_a_wrong_estimate_never_ends_drafting() -> None:

@@ -12,6 +12,7 @@ import pytest
 from tiny_engine import VOCAB, Decoder, half_right, prompts, tiny_model, token_lists  # type: ignore[import-not-found]
 
 from owlrec_decoding import DecodingConfig, DraftLimits, VllmError, request_arguments
+from owlrec_decoding.drafter import profiled_drafts
 from owlrec_decoding.pools import CELLS, AcceptanceRates
 
 pytestmark = pytest.mark.vllm
@@ -29,6 +30,27 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Decoder]:
     decoder.open("half", half_right(texts))
     yield decoder
     decoder.close()
+
+
+def test_the_memory_of_as_many_drafts_as_a_step_may_have_is_profiled(
+    llama: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = llama.engine.engine_core.engine_core.model_executor.driver_worker.worker
+    runner, verified = worker.model_runner, []
+    forward = type(worker.verifier).forward
+
+    def recorded(self: Any, metadata: Any, draft_probs: Any, logits: Any, sampling: Any) -> Any:
+        verified.append((len(metadata.draft_token_ids), tuple(logits.shape)))
+        return forward(self, metadata, draft_probs, logits, sampling)
+
+    monkeypatch.setattr(type(worker.verifier), "forward", recorded)
+    assert worker._max_drafts() == 8 * 6  # of each row as many as the limits allow
+    with profiled_drafts(runner, worker._max_drafts()):
+        runner._dummy_sampler_run(runner._dummy_run(8)[1])
+    assert set(verified) == {(48, (96, VOCAB))}
+    verified.clear()
+    runner._dummy_sampler_run(runner._dummy_run(8)[1])
+    assert set(verified) == {(8, (16, VOCAB))}  # vLLM's own
 
 
 def test_mode_off_never_drafts(llama: Decoder) -> None:

@@ -93,6 +93,13 @@ def test_answer_and_request(server: _Server) -> None:
     assert (body["max_tokens"], body["temperature"], body["top_p"]) == (9, 0.0, 0.8)
 
 
+def test_cached_tokens_are_those_that_the_server_names(server: _Server) -> None:
+    for details, cached in (({"cached_tokens": 8}, 8), ({}, 0), (None, 0)):
+        reply = answer("hello")
+        server.replies = [(200, {}, {**reply, "usage": {**reply["usage"], "prompt_tokens_details": details}})]
+        assert ask(server.server_port).cached_tokens == cached
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_transient_statuses_are_retried(server: _Server, status: int) -> None:
     server.replies = [(status, {"Retry-After": "0"}, {}), (status, {}, {})]

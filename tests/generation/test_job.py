@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from pydantic import ValidationError
 from shard_runs import ECHO, dead_letters_file, run_shard, texts_file
 
 from owlrec.errors import WorkspaceError
@@ -147,6 +148,17 @@ def test_job_fingerprint_sees_all_that_shapes_a_text(change: dict) -> None:
     assert job(**change).fingerprint != job().fingerprint
 
 
+def test_precision_of_an_engine_is_named_once_and_makes_another_job() -> None:
+    model = {"type": "vllm", "model": "/m"}
+    plain, fp8 = (VllmEngineConfig(**model, **more) for more in ({}, {"precision": "fp8"}))
+    assert job(engine=plain).fingerprint != job(engine=fp8).fingerprint
+    for twice, key in (({"kv_cache_dtype": "fp8"}, "engine_args.kv_cache_dtype"), ({"quantization": "awq"}, "quant")):
+        with pytest.raises(ValidationError, match=key):
+            VllmEngineConfig(**model, precision="fp8", engine_args=twice)
+    with pytest.raises(ValidationError, match="dtype"):
+        VllmEngineConfig(**model, precision="fp8", dtype="float32")
+
+
 def test_job_fingerprint_ignores_speed_settings() -> None:
     assert job(engine=EchoEngineConfig(type="echo", latency_s=1)).fingerprint == job().fingerprint
 
@@ -170,7 +182,7 @@ class _Recording(Engine):
     """Keeps what it is asked with; claims three drafted tokens a row, two accepted, one of them relaxed."""
 
     def __init__(self) -> None:
-        self.extras: list[object] = []
+        self.extras: list[Any] = []
 
     async def complete(
         self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
@@ -188,7 +200,7 @@ def test_rows_name_their_own_earlier_text_and_the_rule(small_world: Workspace) -
     relaxed = job(decoding=DecodingConfig(mode="relaxed", min_prob=0.2))
     run_shard(small_world, relaxed, shard, engine)
     table = small_world.read_parquet(texts_file(relaxed, shard))
-    assert engine.extras == [
+    assert sorted(engine.extras, key=lambda extra: extra["owlrec_document"]) == [
         {
             "owlrec_pools": [],
             "owlrec_document": i,
@@ -215,7 +227,11 @@ def test_lossless_drafting_makes_no_other_job_and_a_relaxed_rule_does() -> None:
 def test_engine_options_that_shape_no_answer_make_no_other_job() -> None:
     fingerprints = {
         job(engine=VllmEngineConfig(type="vllm", model="smollm2-135m", engine_args=options)).fingerprint
-        for options in ({}, {"gpu_memory_utilization": 0.8}, {"tensor_parallel_size": 2, "max_num_batched_tokens": 99})
+        for options in (
+            {},
+            {"gpu_memory_utilization": 0.8},
+            {"tensor_parallel_size": 2, "performance_mode": "throughput"},
+        )
     }
     assert len(fingerprints) == 1
     quantized = VllmEngineConfig(type="vllm", model="smollm2-135m", engine_args={"quantization": "fp8"})

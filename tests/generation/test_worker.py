@@ -1,6 +1,7 @@
 """A shard of texts: what the quality gate does with a text, rows that cannot be used, dead rows asked for again."""
 
 import asyncio
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -8,15 +9,24 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from shard_runs import counted, dead_letters_file, run_shard, texts_file
+from shard_runs import StageWithEngine, counted, dead_letters_file, run_shard, texts_file
 
 from owlrec.errors import DiskFullError, WorkspaceError
 from owlrec.generation import EchoEngineConfig
 from owlrec.generation.engines import Completion, Engine, RequestFailed, SamplingConfig
-from owlrec.generation.job import GenerateStage, GenerationJob, build_job, prompt_inputs, table_inputs
+from owlrec.generation.job import (
+    SHARDS_IN_FLIGHT,
+    GenerateStage,
+    GenerationJob,
+    build_job,
+    cached_share,
+    prompt_inputs,
+    read_prompts,
+    table_inputs,
+)
 from owlrec.generation.quality import RULES, QualityConfig
 from owlrec.prompting.prompts import EARLIER, Prompt, PromptConfig, prompts_table
-from owlrec.runner import ShardTaken, Work, pending_shards
+from owlrec.runner import Pool, ShardTaken, Work, pending_shards, run_stage
 from owlrec.scenario import get_scenario
 from owlrec.shards import Shard
 from owlrec.workspace import Workspace
@@ -42,7 +52,7 @@ class Scripted(Engine):
         answer = self.answer(prompt, sampling)
         if isinstance(answer, Exception):
             raise answer
-        return Completion(answer, prompt_tokens=10, output_tokens=5, finish_reason="stop")
+        return Completion(answer, prompt_tokens=10, output_tokens=5, finish_reason="stop", cached_tokens=4)
 
     def count_tokens(self, text: str) -> int:
         return len(text.split())
@@ -109,6 +119,54 @@ def test_dropped_text_goes_to_the_dead_letters_with_its_flag(small_world: Worksp
     assert set(dead["stage"].to_pylist()) == {"quality"}
     assert "flagged refusal: \"I'm sorry" in dead["message"][0].as_py()
     assert counted(card, "quality_") == {"dropped": card.rows_in}
+
+
+def test_prompts_that_begin_alike_are_asked_one_after_another_and_texts_stay_in_order(small_world: Workspace) -> None:
+    job = job_with(refusal="drop")
+    titles = {
+        s: small_world.read_shard("items", s.number)["title"].to_pylist() for s in table_inputs(small_world, ("item",))
+    }
+    shard = next(shard for shard, theirs in titles.items() if theirs != sorted(theirs))
+    engine = Scripted(lambda prompt, _: GOOD if "Drama" in prompt else REFUSAL)
+    card = run_shard(small_world, job, shard, engine)
+    asked = [prompt for prompt, _ in engine.asked]
+    assert asked == sorted(asked)
+    for file in (texts_file(job, shard), dead_letters_file(job, shard)):
+        ids = small_world.read_parquet(file)["id"].to_pylist()
+        assert len(ids) > 1
+        assert ids == sorted(ids)
+    texts = small_world.read_parquet(texts_file(job, shard)).num_rows
+    assert card.counts["cached_tokens"] == 4 * texts
+    assert cached_share([card]) == 0.4
+
+
+def test_the_next_shards_are_read_in_threads_while_one_is_written(
+    small_world: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No row is answered before rows of all shards have been asked."""
+    job, shards, all_asked, reading = job_with(), table_inputs(small_world), asyncio.Event(), set[str]()
+    assert 1 < len(shards) <= 2 * SHARDS_IN_FLIGHT
+    shards = dict(list(shards.items())[:SHARDS_IN_FLIGHT])
+    rows = sum(job.count_prompts(small_world, shard) for shard in shards)
+
+    class Waiting(Scripted):
+        async def complete(self, *asked: Any) -> Completion:
+            answer = await super().complete(*asked)
+            if len(self.asked) == rows:
+                all_asked.set()
+            await asyncio.wait_for(all_asked.wait(), 20)
+            return answer
+
+    def read(*arguments: Any) -> Any:
+        reading.add(threading.current_thread().name)
+        return read_prompts(*arguments)
+
+    monkeypatch.setattr("owlrec.generation.job.read_prompts", read)
+    stage = StageWithEngine(job, Waiting(lambda *_: GOOD))
+    cards = run_stage(small_world, stage, shards, Pool(in_flight=SHARDS_IN_FLIGHT))
+    assert sum(card.rows_out for card in cards.values()) == rows
+    assert reading
+    assert not reading & {"stage-generate", threading.current_thread().name}
 
 
 def test_gate_that_is_off_flags_nothing(small_world: Workspace) -> None:

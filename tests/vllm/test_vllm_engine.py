@@ -1,8 +1,10 @@
 """The real engine with the packaged model: answers, limits and a failed start."""
 
 import asyncio
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from owlrec.generation.engines import (
     RequestRefused,
     SamplingConfig,
     model_identity,
+    render_chat,
 )
 from owlrec.generation.vllm_engine import VllmEngine
 from owlrec_decoding import DecodingConfig, request_arguments
@@ -24,7 +27,7 @@ CONFIG = VllmEngineConfig(type="vllm", model="smollm2-135m", max_model_len=256, 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[VllmEngine]:
-    engine = build_engine(CONFIG)
+    engine = build_engine(CONFIG.model_copy(update={"max_num_seqs": None}))
     assert isinstance(engine, VllmEngine)
     yield engine
     engine.close()
@@ -41,6 +44,45 @@ def test_many_requests_at_once_get_their_own_answers(engine: VllmEngine) -> None
     assert sum(w in a.text.lower() for w, a in zip(words, answers, strict=True)) >= 8
     assert all(0 < a.output_tokens <= 16 for a in answers)
     assert all(a.finish_reason in ("stop", "length") for a in answers)
+
+
+def test_rows_and_tokens_of_a_step_are_vllms_choice_for_batches_as_far_as_the_cache_holds_them(
+    engine: VllmEngine,
+) -> None:
+    token = 2 * 30 * 3 * 64 * 2  # bytes: keys and values, layers, heads, components, bf16
+    rows = 2**30 // (32 * token) // (256 // 32)  # whole blocks
+    assert (engine.size.rows, engine.size.step_tokens) == (rows, 4096)  # 2,048 tokens in vLLM's other uses
+    assert 256 * rows <= engine.size.cache_tokens <= 2**30 // token
+    assert engine.size.cache_bytes == engine.size.cache_tokens * token
+
+
+def test_a_prefix_that_rows_share_is_read_once(engine: VllmEngine) -> None:
+    system = "You introduce films to readers who know nothing but a title, in a few clear, brief, neutral sentences. "
+    system += "You name genre, director and mood."
+
+    async def ask(word: str) -> Completion:
+        return await engine.complete(system, f"{word}?", SamplingConfig(max_tokens=2))
+
+    first, second = asyncio.run(ask("Alien")), asyncio.run(ask("Heat"))
+    assert (first.cached_tokens, second.cached_tokens) == (0, 32)  # one block of the CPU's cache
+
+
+def test_prompts_are_tokenized_in_their_order_by_a_thread_of_its_own(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered = list[tuple[str, str]]()
+
+    def record(tokenizer: Any, system: str, prompt: str, options: Any) -> list[int]:
+        rendered.append((prompt, threading.current_thread().name.partition("_")[0]))
+        return render_chat(tokenizer, system, prompt, options)
+
+    monkeypatch.setattr("owlrec.generation.vllm_engine.render_chat", record)
+
+    async def ask() -> None:
+        await asyncio.gather(*(engine.complete("", prompt, SamplingConfig(max_tokens=2)) for prompt in "abcdef"))
+
+    asyncio.run(ask())
+    assert rendered == [(prompt, "render") for prompt in "abcdef"]
 
 
 def test_greedy_answers_repeat(engine: VllmEngine) -> None:
@@ -119,6 +161,11 @@ def test_drafts_from_earlier_texts_give_the_same_answers_in_fewer_steps() -> Non
     drafted = answers(DecodingConfig(mode="strict"), {i: a.text for i, a in enumerate(plain)})
     assert [a.text for a in drafted] == [a.text for a in plain]
     assert all(a.drafted == 0 for a in plain)
+
+
+def test_fp8_is_refused_on_a_cpu_before_the_model_is_loaded() -> None:
+    with pytest.raises(EngineError, match=r"engine\.precision"):
+        build_engine(CONFIG.model_copy(update={"precision": "fp8", "model": "/nowhere"}))
 
 
 def test_two_ways_of_speculating_exclude_each_other() -> None:

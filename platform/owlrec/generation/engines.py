@@ -125,10 +125,11 @@ class Completion:
     drafted: int = 0
     accepted: int = 0
     relaxed: int = 0
+    cached_tokens: int = 0  # of the prompt, taken from the engine's cache of prefixes
 
     def after(self, discarded: "Completion") -> "Completion":
         """This answer plus the token counts of an earlier, discarded one."""
-        counts = ("prompt_tokens", "output_tokens", "drafted", "accepted", "relaxed")
+        counts = ("prompt_tokens", "output_tokens", "drafted", "accepted", "relaxed", "cached_tokens")
         return replace(self, **{name: getattr(self, name) + getattr(discarded, name) for name in counts})
 
 
@@ -185,6 +186,11 @@ class EngineConfig(Config):
     def shaping(self) -> dict[str, Any]:
         """Everything besides the weights that answers depend on, in JSON types."""
         return self.model_dump(mode="json", include=set(self.shapes_output))
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that the engine works on at once, at most; for plans, before it starts."""
+        return 1
 
     @property
     @abstractmethod
@@ -465,6 +471,11 @@ class HttpEngineConfig(EngineConfig):
     max_attempts: int = Field(5, ge=1)
 
     @property
+    def rows_at_once(self) -> int:
+        """See EngineConfig.rows_at_once."""
+        return self.concurrency
+
+    @property
     def model_identity(self) -> str:
         """See EngineConfig.model_identity."""
         return f"{self.model}@{self.revision}"
@@ -586,8 +597,9 @@ def _completion(response: httpx.Response, url: str, attempt: int) -> Completion:
             prompt_tokens=int(usage.get("prompt_tokens", 0)),
             output_tokens=int(usage.get("completion_tokens", 0)),
             finish_reason=choice.get("finish_reason") or "stop",
+            cached_tokens=int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0),
         )
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise RequestFailed(
             f"{url} returned 200 without a chat completion ({type(error).__name__}: {error})", attempt
         ) from None

@@ -216,6 +216,13 @@ def decoder_counters(cards: Iterable[Card]) -> DecoderCounters | None:
     return add_counters(parts) if parts else None
 
 
+def cached_share(cards: Iterable[Card]) -> float:
+    """Share of the prompts' tokens that came from the engines' caches; 0 if none did, or the engine does not say."""
+    cards = list(cards)
+    cached, read = (sum(float(c.counts.get(name, 0)) for c in cards) for name in ("cached_tokens", "prompt_tokens"))
+    return cached / read if read else 0.0
+
+
 def check_dead_share(artifact: Artifact, cards: Iterable[Card], config: GenerateConfig) -> None:
     """Raises EngineError, with the most common reasons, if more rows died than `max_dead_share` allows."""
     cards = list(cards)
@@ -440,14 +447,11 @@ async def generate_shard(
     Raises ShardTaken before anything is written, and WorkerLost if the engine is dead.
     """
     workspace, shard = work.workspace, work.shard
-    rows = await asyncio.to_thread(read_prompts, workspace, job, shard, engine, catalog)
-    if shard.kind == "user" and len(gone := await asyncio.to_thread(read_tombstones, workspace)):
-        rows = [row for row, out in zip(rows, gone.among([row.id for row in rows]), strict=True) if not out]
-    earlier = _earlier_texts(work, job)
-    kept, chains = _keep_unchanged(earlier, rows, engine.count_tokens)
+    earlier, kept, chains = await asyncio.to_thread(_read_chains, work, job, engine, catalog)
     gate = QualityGate(job.quality, job.scenario)
     answers: list[list[tuple[Row, Outcome]]] = [[] for _ in chains]
-    places = iter(range(len(chains)))
+    # Prompts that begin alike are asked one after another, while the engine's cache still has what they share.
+    places = iter(sorted(range(len(chains)), key=lambda at: _text(chains[at][0])))
 
     async def ask(pools: Mapping[int, Sequence[str]]) -> None:
         for at in places:
@@ -474,7 +478,8 @@ async def generate_shard(
     framework = READY_MADE.get(shard.kind) if shard.kind in job.ready else None
     asked = [pair for chain in answers for pair in chain]
     outcomes = [outcome for _, outcome in asked]
-    new, dead = to_tables(job, framework or job.prompts.framework, [row for row, _ in asked], outcomes)
+    rows = [row for row, _ in asked]
+    new, dead = await asyncio.to_thread(to_tables, job, framework or job.prompts.framework, rows, outcomes)
     # In a thread, since a disk or an object store takes time that other shards' rows can use. A write
     # that fails temporarily is retried, because the answers have been paid for.
     return await patiently(lambda: asyncio.to_thread(write_shard, work, kept, new, dead, outcomes))
@@ -511,24 +516,78 @@ def write_shard(work: Work, kept: pa.Table, new: pa.Table, dead: pa.Table, outco
             "prompt_tokens": _total(new, "prompt_tokens"),
             "output_tokens": _total(new, "output_tokens"),
             "accepted": _total(new, "accepted"),
+            "cached_tokens": sum(o.result.cached_tokens for o in outcomes if isinstance(o.result, Completion)),
             **{f"flag_{flag}": n for flag, n in flags.items()},
             **{f"quality_{action}": n for action, n in actions.items()},
         },
     )
 
 
+def _read_chains(
+    work: Work, job: GenerationJob, engine: Engine, catalog: ItemCatalog | None
+) -> tuple[pa.Table, pa.Table, list[list[Row]]]:
+    """The shard's earlier texts, and what _keep_unchanged makes of them."""
+    rows, earlier = (
+        read_prompts(work.workspace, job, work.shard, engine.count_tokens, catalog),
+        _earlier_texts(work, job),
+    )
+    return earlier, *_keep_unchanged(earlier, rows, engine.count_tokens)
+
+
 def read_prompts(
-    workspace: Workspace, job: GenerationJob, shard: Shard, engine: Engine, catalog: ItemCatalog | None
+    workspace: Workspace,
+    job: GenerationJob,
+    shard: Shard,
+    count_tokens: Callable[[str], int],
+    catalog: ItemCatalog | None,
 ) -> list[Row]:
-    """The shard's prompts, in table order, including "" texts and unreadable rows."""
+    """The shard's prompts without those of forgotten users, in table order, including "" texts and unreadable rows.
+
+    catalog: for prompts of users that are not ready-made.
+    """
+    rows: list[Row]
     if shard.kind in job.ready:
-        return list(prompts_from_table(workspace.read_parquet(job.input_file(shard))))
-    rows = workspace.read_shard(TABLES[shard.kind], shard.number)  # type: ignore[index]
-    if shard.kind == "item":
-        return list(item_prompts(rows, job.scenario, job.prompts.framework))
-    assert catalog is not None
-    histories = workspace.read_shard("histories", shard.number)
-    return list(user_prompts(rows, histories, catalog, job.prompts, job.scenario, engine.count_tokens))
+        rows = list(prompts_from_table(workspace.read_parquet(job.input_file(shard))))
+    else:
+        table = workspace.read_shard(TABLES[shard.kind], shard.number)  # type: ignore[index]
+        if shard.kind == "item":
+            return list(item_prompts(table, job.scenario, job.prompts.framework))
+        assert catalog is not None
+        histories = workspace.read_shard("histories", shard.number)
+        rows = list(user_prompts(table, histories, catalog, job.prompts, job.scenario, count_tokens))
+    if shard.kind == "user" and len(gone := read_tombstones(workspace)):
+        rows = [row for row, out in zip(rows, gone.among([row.id for row in rows]), strict=True) if not out]
+    return rows
+
+
+def sample_prompts(
+    workspace: Workspace,
+    job: GenerationJob,
+    shards: Iterable[Shard],
+    n: int,
+    seed: int,
+    count_tokens: Callable[[str], int],
+) -> list[Prompt]:
+    """At most `n` prompts of randomly chosen shards, of each kind in proportion to its shards, in the order of asking.
+
+    Without those that have nothing to ask or continue from an answer.
+    """
+    by_kind: dict[str, list[Shard]] = {}
+    for shard in shards:
+        by_kind.setdefault(shard.kind, []).append(shard)
+    rng, n_shards = np.random.default_rng(seed), sum(map(len, by_kind.values()))
+    catalog = ItemCatalog.load(workspace) if "user" in by_kind and "user" not in job.ready else None
+    chosen: list[Prompt] = []
+    for theirs in by_kind.values():
+        wanted = min(n - len(chosen), max(1, round(n * len(theirs) / n_shards)))
+        for at in rng.permutation(len(theirs)):
+            rows = read_prompts(workspace, job, theirs[at], count_tokens, catalog)
+            usable = [row for row in rows if isinstance(row, Prompt) and row.text and not row.earlier_tokens]
+            picked = [usable[i] for i in rng.permutation(len(usable))[:wanted]]
+            chosen, wanted = chosen + picked, wanted - len(picked)
+            if not wanted:
+                break
+    return sorted(chosen, key=_text)
 
 
 def _earlier_texts(work: Work, job: GenerationJob) -> pa.Table:
@@ -603,6 +662,10 @@ def _drafting(job: GenerationJob, prompt: Prompt, pools: Sequence[str]) -> dict[
         return None
     rule = job.decoding.relaxation if mode == "relaxed" else None
     return request_arguments(pools, prompt.id, mode=mode, relaxation=rule)
+
+
+def _text(row: Row) -> tuple[str, str]:
+    return (row.system, row.text) if isinstance(row, Prompt) else ("", "")
 
 
 def _digest(row: Prompt) -> str:

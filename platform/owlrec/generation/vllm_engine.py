@@ -6,17 +6,26 @@ tokens/s). On a GPU vLLM's own default applies.
 """
 
 import asyncio
+import json
 import os
 import queue
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
 
+from owlrec.config import Config
 from owlrec.errors import EngineError
 from owlrec.generation.engines import (
     PACKAGED,
@@ -25,6 +34,7 @@ from owlrec.generation.engines import (
     EngineConfig,
     EngineStopped,
     RequestRefused,
+    RowError,
     SamplingConfig,
     check_length,
     load_tokenizer,
@@ -212,6 +222,7 @@ def _resolve(pending: _Pending | _Call, result: Any) -> None:
 
 
 _REMEMBERED_COUNTS = 1 << 16
+_MOST_ROWS = 1024  # vLLM's own choice on the largest GPUs
 # vllm.EngineArgs for speed, hardware and monitoring, which do not change answers. All others
 # count as changing answers.
 _NAMES = """
@@ -226,10 +237,12 @@ _NAMES = """
     model_loader_extra_config ignore_patterns use_tqdm_on_load disable_log_stats disable_log_requests
     enable_log_requests otlp_traces_endpoint collect_detailed_traces show_hidden_metrics_for_version
     kv_cache_metrics cudagraph_metrics enable_mfu_metrics enforce_eager compilation_config
-    cudagraph_capture_sizes max_cudagraph_capture_size optimization_level seed_device trust_remote_code hf_token
+    cudagraph_capture_sizes max_cudagraph_capture_size optimization_level
+    performance_mode seed_device trust_remote_code hf_token
     device numa_bind disable_hybrid_kv_cache_manager kv_transfer_config kv_events_config
 """
 _OPERATIONAL = frozenset(_NAMES.split())
+_FP8 = {"quantization": "fp8", "kv_cache_dtype": "fp8"}  # vllm.EngineArgs of `precision: fp8`
 
 
 class VllmEngineConfig(EngineConfig):
@@ -237,24 +250,41 @@ class VllmEngineConfig(EngineConfig):
     enable_lora, …).
     """
 
-    shapes_output: ClassVar[tuple[str, ...]] = ("type", "dtype", "revision", "engine_args")
+    shapes_output: ClassVar[tuple[str, ...]] = ("type", "dtype", "precision", "revision", "engine_args")
 
     type: Literal["vllm"]
     model: str
     revision: str | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    # fp8: weights quantized while loading, and a cache of half the bytes, for GPUs from compute capability 8.9 on.
+    precision: Literal["auto", "fp8"] = "auto"
     max_model_len: int = Field(2048, ge=64)
-    max_num_seqs: int = Field(128, ge=1)
+    # Rows at once. None = what vLLM's LLM class takes on the device (1,024 on an H100), but on a CPU no more rows of
+    # max_model_len than the cache holds.
+    max_num_seqs: int | None = Field(None, ge=1)
     threads: int | None = None  # CPU only; None = all cores
-    kv_cache_gib: int = Field(
-        2, ge=1
-    )  # CPU only; SmolLM2-135M takes 23 kB per token, so 2 GiB holds 128 rows of 700 tokens
+    # CPU only; SmolLM2-135M takes 23 kB per token, so 2 GiB hold 91 rows of 1,024 tokens.
+    kv_cache_gib: int = Field(2, ge=1)
     engine_args: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> "VllmEngineConfig":
+        if self.precision != "auto":
+            if taken := sorted(_FP8.keys() & self.engine_args.keys()):
+                raise ValueError(f"precision and engine_args.{taken[0]} set the same: leave one out")
+            if self.dtype == "float32":
+                raise ValueError("precision: fp8 computes in bfloat16 or float16: leave out dtype: float32")
+        return self
 
     def shaping(self) -> dict[str, Any]:
         """See EngineConfig.shaping: without engine_args such as a share of the GPU's memory."""
         shaping = super().shaping()
         return shaping | {"engine_args": {k: v for k, v in shaping["engine_args"].items() if k not in _OPERATIONAL}}
+
+    @property
+    def rows_at_once(self) -> int:
+        """See EngineConfig.rows_at_once."""
+        return self.max_num_seqs or _MOST_ROWS
 
     @property
     def model_identity(self) -> str:
@@ -271,6 +301,16 @@ class VllmEngineConfig(EngineConfig):
 
 
 @dataclass(frozen=True)
+class EngineSize:
+    """What an engine computes at once and keeps, as vLLM chose it."""
+
+    rows: int  # at once, at most
+    step_tokens: int  # of a step, at most
+    cache_tokens: int  # keys and values that the cache holds
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
 class NextTokenScores:
     """scores: logits if the engine's logprobs_mode is raw_logits, log-probabilities in vLLM's default mode."""
 
@@ -280,7 +320,7 @@ class NextTokenScores:
 
 
 class VllmEngine(Engine):
-    """A tokenizer and the thread that steps a vllm.LLMEngine."""
+    """A tokenizer with its thread, and the thread that steps a vllm.LLMEngine."""
 
     def __init__(self, config: VllmEngineConfig, decoding: DecodingConfig, limits: DraftLimits | None = None) -> None:
         """Loads the model; takes seconds on a CPU, minutes for a large model. Raises EngineError if it cannot
@@ -292,11 +332,14 @@ class VllmEngine(Engine):
                 "Remove one."
             )
         self.config, self.decoding, self.limits = config, decoding, limits
-        try:
-            self.cpu = is_cpu_build()
-        except VllmError as error:
-            raise EngineError(str(error)) from None
+        self.cpu = on_cpu()
+        if self.cpu and config.precision == "fp8":
+            raise EngineError(
+                "engine.precision: fp8 needs a GPU, but vLLM's CPU build is installed. Leave the key out, or install "
+                "owlrec[gpu] on a machine with one."
+            )
         self.model = resolve_model(config.model)
+        self._rendering = ThreadPoolExecutor(1, "render")
         prepare_environment(config, self.cpu)
         try:
             self._stepping = Stepping(self._start, drafts=decoding.mode != "off")
@@ -309,7 +352,7 @@ class VllmEngine(Engine):
         self, system: str, prompt: str, sampling: SamplingConfig, extra: Mapping[str, Any] | None = None
     ) -> Completion:
         """See Engine.complete. Raises EngineStopped if vLLM itself has failed."""
-        token_ids = render_chat(self._tokenizer, system, prompt)
+        token_ids = await self.token_ids(system, prompt)
         check_length(len(token_ids), sampling, self.context_tokens)
         answer = await self._stepping.ask(token_ids, self._params(sampling, extra))
         self.counters, output = self._stepping.counters, answer.output
@@ -321,7 +364,15 @@ class VllmEngine(Engine):
             drafted=answer.counts[0],
             accepted=answer.counts[1],
             relaxed=answer.counts[2],
+            cached_tokens=answer.cached_tokens,
         )
+
+    async def token_ids(self, system: str, prompt: str, options: Mapping[str, Any] | None = None) -> list[int]:
+        """See render_chat. In a thread of its own, so that neither the caller's loop nor the stepping thread waits:
+        rows asked at once are tokenized ahead of the engine, in their order.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._rendering, render_chat, self._tokenizer, system, prompt, options)
 
     async def next_token_scores(
         self, token_ids: Sequence[int], wanted: Sequence[int], adapter: str | None = None
@@ -370,7 +421,8 @@ class VllmEngine(Engine):
         return self._count(text)
 
     def close(self) -> None:
-        """Finishes requests in flight, stops the stepping thread and frees the model."""
+        """Finishes requests in flight, stops the threads and frees the model."""
+        self._rendering.shutdown(wait=False)
         self._stepping.close()
 
     def _params(self, sampling: SamplingConfig, extra: Mapping[str, Any] | None) -> Any:
@@ -400,6 +452,7 @@ class VllmEngine(Engine):
 
     def _build(self) -> Any:
         from vllm import EngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
         args: dict[str, Any] = {
@@ -412,6 +465,8 @@ class VllmEngine(Engine):
             "enforce_eager": self.cpu,
             "disable_log_stats": True,
         }
+        if self.config.precision == "fp8":
+            args |= _FP8
         if self.cpu:
             # Prefixes are cached in whole blocks: the CPU default of 128 tokens is longer than the system turn that all
             # rows share.
@@ -421,7 +476,47 @@ class VllmEngine(Engine):
             from vllm.platforms.cpu import CpuPlatform
 
             CpuPlatform.get_punica_wrapper = classmethod(lambda cls: "owlrec.generation.cpu_lora.RunwiseLora")
-        return LLMEngine.from_engine_args(EngineArgs(**args))
+        # vLLM chooses batched tokens and rows by device and context of use; only this one is meant for batches.
+        context = UsageContext.LLM_CLASS
+        settings = EngineArgs(**args).create_engine_config(context)
+        if self.cpu and args["max_num_seqs"] is None:
+            scheduler = settings.scheduler_config
+            scheduler.max_num_seqs = max(1, min(scheduler.max_num_seqs, rows_in_cache(settings)))
+        engine = LLMEngine.from_vllm_config(settings, context, disable_log_stats=args["disable_log_stats"])
+        scheduler, cache_tokens = settings.scheduler_config, settings.cache_config.kv_cache_size_tokens or 0
+        self.size = EngineSize(
+            scheduler.max_num_seqs, scheduler.max_num_batched_tokens, cache_tokens, cache_tokens * token_bytes(settings)
+        )
+        return engine
+
+
+def on_cpu() -> bool:
+    """Whether vLLM's CPU build is installed. Raises EngineError if vLLM is missing or has another version."""
+    try:
+        return is_cpu_build()
+    except VllmError as error:
+        raise EngineError(str(error)) from None
+
+
+def rows_in_cache(settings: Any) -> int:
+    """Rows of max_model_len that a cache of a fixed size holds, so that no row is preempted and read again.
+
+    settings: a VllmConfig.
+    """
+    cache, length = settings.cache_config, settings.model_config.max_model_len
+    blocks = cache.kv_cache_memory_bytes // (token_bytes(settings) * cache.block_size)
+    return int(blocks // -(-length // cache.block_size))
+
+
+def token_bytes(settings: Any) -> int:
+    """Bytes of a token in a rank's cache: keys and values of every layer, an upper bound for models that keep less.
+
+    settings: a VllmConfig.
+    """
+    model, parallel = settings.model_config, settings.parallel_config
+    heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    number_bytes = 1 if settings.cache_config.cache_dtype.startswith("fp8") else model.dtype.itemsize
+    return int(2 * heads * model.get_head_size() * number_bytes)
 
 
 def count_by(tokenizer: Any) -> Callable[[str], int]:
@@ -440,3 +535,208 @@ def prepare_environment(config: VllmEngineConfig, cpu: bool) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(config.kv_cache_gib)
         os.environ["OMP_NUM_THREADS"] = str(config.threads or len(os.sched_getaffinity(0)))
+
+
+# --------------------------------------------------------------------------------------------------------- engine sweep
+# A small grid over an engine's settings, measured on a sample of the recipe's own prompts.
+#
+# Modeled on datatrove's inference benchmark (examples/inference/benchmark): failures stay rows of the table, and it
+# ends in a recipe. One axis after the other is tried from the best so far, so that four axes take about seven engines
+# in place of 36. Each engine has its own process: it holds global state, and one that dies takes nothing with it.
+
+
+_CLEARLY = 1.02  # times the best rate so far: a smaller gain is noise
+WARM_UP = 8  # prompts before the clock starts
+_SETTING_S = 3600.0  # for loading the model and answering the sample
+_REASON = 500  # characters of a failure's reason
+_CHILD = "import sys; from owlrec.generation.vllm_engine import measure_file; measure_file(*sys.argv[1:])"
+
+
+class EngineSetting(Config):
+    """One point of the grid. None = vLLM's choice."""
+
+    max_num_seqs: int | None = Field(None, ge=1)
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    precision: Literal["auto", "fp8"] = "auto"
+    decoding: Literal["off", "strict", "relaxed"] = "off"
+
+    @classmethod
+    def of(cls, engine: VllmEngineConfig, decoding: DecodingConfig) -> "EngineSetting":
+        """The setting that a recipe has."""
+        rows, tokens = engine.max_num_seqs, engine.engine_args.get("max_num_batched_tokens")
+        rows = engine.engine_args.get("max_num_seqs", rows)
+        return cls(max_num_seqs=rows, max_num_batched_tokens=tokens, precision=engine.precision, decoding=decoding.mode)
+
+    @property
+    def label(self) -> str:
+        """One line of text."""
+        named = {"rows": self.max_num_seqs, "tokens per step": self.max_num_batched_tokens}
+        parts = [f"{value or 'default'} {name}" for name, value in named.items()]
+        return ", ".join([*parts, f"precision {self.precision}", f"decoding {self.decoding}"])
+
+    def lines(self, engine: VllmEngineConfig, decoding: DecodingConfig) -> dict[str, dict[str, Any]]:
+        """The recipe's sections with this setting: the keys in which it differs from the recipe's own."""
+        before, ours, args = EngineSetting.of(engine, decoding), dict[str, Any](), dict(engine.engine_args)
+        if self.max_num_seqs != before.max_num_seqs:
+            ours["max_num_seqs"] = self.max_num_seqs
+            args.pop("max_num_seqs", None)  # would win over ours
+        if self.precision != before.precision:
+            ours["precision"] = self.precision
+        if self.max_num_batched_tokens != before.max_num_batched_tokens:
+            args["max_num_batched_tokens"] = self.max_num_batched_tokens
+        if args != engine.engine_args:
+            ours["engine_args"] = args
+        changed = {"mode": self.decoding} if self.decoding != before.decoding else {}
+        return {name: keys for name, keys in (("engine", ours), ("decoding", changed)) if keys}
+
+
+class MeasuredSetting(Config):
+    """What an engine with one setting did; only `error` where it failed."""
+
+    setting: EngineSetting
+    prompts_per_s: float = 0.0
+    output_tokens_per_s: float = 0.0
+    cached_share: float = 0.0  # of the prompts' tokens
+    rows: int = 0
+    step_tokens: int = 0
+    cache_tokens: int = 0
+    cache_gib: float = 0.0
+    startup_s: float = 0.0
+    failed_rows: int = 0
+    error: str = ""
+
+    def beats(self, other: "MeasuredSetting") -> bool:
+        """Whether it answers clearly more prompts per second."""
+        return not self.error and (bool(other.error) or self.prompts_per_s > _CLEARLY * other.prompts_per_s)
+
+
+def default_axes(first: MeasuredSetting, *, cpu: bool) -> dict[str, list[Any]]:
+    """Values to try by field of EngineSetting: half and twice what the first engine took, then other ways to run."""
+    axes: dict[str, list[Any]] = {
+        "max_num_seqs": [max(1, first.rows // 2), 2 * first.rows] if first.rows else [64, 256],
+        "max_num_batched_tokens": (
+            [max(1, first.step_tokens // 2), 2 * first.step_tokens] if first.step_tokens else [2048, 8192]
+        ),
+    }
+    if not cpu:
+        axes["precision"] = ["auto", "fp8"]
+    axes["decoding"] = ["off", "strict"]
+    return axes
+
+
+def sweep(
+    first: EngineSetting,
+    axes: Mapping[str, Sequence[Any]],
+    measure: Callable[[EngineSetting], MeasuredSetting],
+    *,
+    cpu: bool,
+) -> tuple[list[MeasuredSetting], MeasuredSetting]:
+    """All measured settings in order, and the best.
+
+    axes: values by field of EngineSetting; fields without have those of default_axes, and none if empty.
+    """
+    rows = [measure(first)]
+    best = rows[0]
+    for name, values in (default_axes(best, cpu=cpu) | dict(axes)).items():
+        start = best.setting
+        for value in values:
+            setting = start.model_copy(update={name: value})
+            if any(row.setting == setting for row in rows):
+                continue
+            rows.append(measure(setting))
+            if rows[-1].beats(best):
+                best = rows[-1]
+    return rows, best
+
+
+def measure_setting(
+    setting: EngineSetting,
+    engine: VllmEngineConfig,
+    decoding: DecodingConfig,
+    sampling: SamplingConfig,
+    prompts: Sequence[tuple[str, str]],
+    log: Path,
+) -> MeasuredSetting:
+    """Answers `prompts`, pairs of system and user turn, by a new engine in a process of its own.
+
+    log: file for that process's output.
+    """
+    lines = setting.lines(engine, decoding)
+    job = {
+        "setting": setting.model_dump(),
+        "engine": engine.model_dump() | lines.get("engine", {}),
+        "decoding": decoding.model_dump() | lines.get("decoding", {}),
+        "sampling": sampling.model_dump(),
+        "prompts": list(prompts),
+    }
+    with tempfile.TemporaryDirectory() as folder, log.open("ab") as output:
+        asked, answered = Path(folder) / "asked.json", Path(folder) / "answered.json"
+        asked.write_text(json.dumps(job))
+        command = [sys.executable, "-c", _CHILD, str(asked), str(answered)]
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        try:
+            code = process.wait(_SETTING_S)
+        except subprocess.TimeoutExpired:
+            return MeasuredSetting(setting=setting, error=f"took more than {_SETTING_S:,.0f} s")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # vLLM's own processes, too
+            process.wait()
+        if answered.exists():
+            return MeasuredSetting.model_validate_json(answered.read_bytes())
+    return MeasuredSetting(setting=setting, error=f"the engine's process ended with {code}; see {log}")
+
+
+def measure_file(asked: str, answered: str) -> None:
+    """Entry point of measure_setting's process: reads a job and writes a MeasuredSetting, both JSON."""
+    job = json.loads(Path(asked).read_bytes())
+    setting = EngineSetting.model_validate(job["setting"])
+    try:
+        engine = VllmEngineConfig.model_validate(job["engine"])
+        decoding, sampling = DecodingConfig(**job["decoding"]), SamplingConfig(**job["sampling"])
+        measured = asyncio.run(_measure(setting, engine, decoding, sampling, job["prompts"]))
+    except (EngineError, ValidationError) as error:
+        measured = MeasuredSetting(setting=setting, error=" ".join(str(error).split())[:_REASON])
+    Path(answered).write_text(measured.model_dump_json())
+
+
+async def _measure(
+    setting: EngineSetting,
+    config: VllmEngineConfig,
+    decoding: DecodingConfig,
+    sampling: SamplingConfig,
+    prompts: Sequence[tuple[str, str]],
+) -> MeasuredSetting:
+    start = time.perf_counter()
+    engine = VllmEngine(config, decoding)
+    startup_s = time.perf_counter() - start
+
+    async def ask(system: str, prompt: str) -> Completion | None:
+        try:
+            return await engine.complete(system, prompt, sampling)
+        except RowError:
+            return None
+
+    try:
+        await asyncio.gather(*(ask(*turns) for turns in prompts[:WARM_UP]))
+        start = time.perf_counter()
+        answers = await asyncio.gather(*(ask(*turns) for turns in prompts[WARM_UP:]))
+        seconds = time.perf_counter() - start
+    finally:
+        engine.close()
+    done = [answer for answer in answers if answer is not None]
+    read, cached, written = (
+        sum(getattr(answer, name) for answer in done) for name in ("prompt_tokens", "cached_tokens", "output_tokens")
+    )
+    return MeasuredSetting(
+        setting=setting,
+        prompts_per_s=len(done) / seconds,
+        output_tokens_per_s=written / seconds,
+        cached_share=cached / read if read else 0.0,
+        rows=engine.size.rows,
+        step_tokens=engine.size.step_tokens,
+        cache_tokens=engine.size.cache_tokens,
+        cache_gib=engine.size.cache_bytes / 2**30,
+        startup_s=startup_s,
+        failed_rows=len(answers) - len(done),
+    )

@@ -286,7 +286,11 @@ def render_report(data: ReportData) -> str:
     tokens = {
         f"{card.stage}, {name}": float(count)
         for card in data.stages
-        for name, suffix in (("prompts", "_prompt_tokens"), ("answers", "_output_tokens"))
+        for name, suffix in (
+            ("prompts", "_prompt_tokens"),
+            ("prompts, cached", "_cached_tokens"),
+            ("answers", "_output_tokens"),
+        )
         if (count := _total(card, suffix))
     }
     steps = data.decoder.by_rows if data.decoder else {}

@@ -19,7 +19,7 @@ import numpy as np
 
 from owlrec.errors import EngineError
 from owlrec.generation import EngineConfig, VllmEngineConfig, build_engine
-from owlrec.generation.engines import BadRow, EmptyPrompt, RowError, load_tokenizer, render_chat
+from owlrec.generation.engines import BadRow, EmptyPrompt, RowError, load_tokenizer
 from owlrec.generation.vllm_engine import VllmEngine
 from owlrec_decoding import DecodingConfig
 
@@ -215,11 +215,11 @@ class LlmScorer(PairScorer):
         Raises EngineError if the engine cannot start, or if the first token of an answer does not separate the model's
         Yes and No.
         """
-        self._tokenizer = load_tokenizer(config.model, config.revision)
-        self.answers = find_answers(self._tokenizer)
-        likely_answers(self._tokenizer, self.answers)
+        tokenizer = load_tokenizer(config.model, config.revision)
+        self.answers = find_answers(tokenizer)
+        likely_answers(tokenizer, self.answers)
         self.engine = VllmEngine(scoring_engine(config, lora_rank), DecodingConfig())
-        self._in_flight = 4 * config.max_num_seqs
+        self._in_flight = 4 * self.engine.size.rows
 
     def close(self) -> None:
         """Stops the engine."""
@@ -227,7 +227,7 @@ class LlmScorer(PairScorer):
 
     async def _ask(self, question: Question, adapter: str | None) -> tuple[float, int, int]:
         system, text = _turns(question)
-        token_ids = render_chat(self._tokenizer, system, text, TEMPLATE_OPTIONS)
+        token_ids = await self.engine.token_ids(system, text, TEMPLATE_OPTIONS)
         answer = await self.engine.next_token_scores(token_ids, self.answers.ids, adapter)
         scores = dict(zip(self.answers.ids, answer.scores, strict=True))
         return yes_probability(scores, self.answers), answer.prompt_tokens, answer.cached_tokens

@@ -34,16 +34,20 @@ from owlrec.generation.job import (
     SHARDS_IN_FLIGHT,
     GenerateConfig,
     GenerateStage,
+    GenerationJob,
     add_cards,
     build_job,
+    cached_share,
     check_dead_share,
     decoder_counters,
     prompt_inputs,
+    sample_prompts,
     table_inputs,
 )
+from owlrec.generation.vllm_engine import WARM_UP, EngineSetting, MeasuredSetting, measure_setting, on_cpu, sweep
 from owlrec.ids import KINDS, TABLES
 from owlrec.machine import native_errors_to
-from owlrec.ops.console import ShardWatch, note, progress, stage_header
+from owlrec.ops.console import ShardWatch, note, progress, stage_header, warn
 from owlrec.prompting.prompts import cohort_prompts, collective_fingerprint, prompts_table
 from owlrec.recipe import Recipe
 from owlrec.releases.build import PART_IDS, ReleaseInfo, ShardRows, publish_rows
@@ -319,13 +323,10 @@ def _ask(profiles: pa.Table, scenario: Scenario) -> pa.Table:
 ANSWERED_HERE = 20_000  # an engine without a model answers this many before Ray would start
 
 
-def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> Card:
-    """Generates every pending shard of this job; starts no engine if there are none.
-
-    retry_dead: also retry the dead rows of finished shards once.
+def generation_job(recipe: Recipe, workspace: Workspace) -> tuple[GenerationJob, dict[Shard, str]]:
+    """The recipe's job, and its shards with a digest of the inputs of each. Raises WorkspaceError if `prepare` or
+    `cohorts` has not finished.
     """
-    model = getattr(recipe.engine, "model", recipe.engine.type)
-    stage_header("generate", f"{recipe.prompts.framework} prompts, {model}, decoding {recipe.decoding.mode}")
     cohorts = cohorts_folder(recipe, workspace)
     job = build_job(
         recipe.domain,
@@ -340,6 +341,17 @@ def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) 
     inputs = table_inputs(workspace) if recipe.prompts.mode != "collective" else {}
     for kind, folder in job.ready.items():
         inputs |= prompt_inputs(workspace, "cohort", folder) if kind == "cohort" else {}
+    return job, inputs
+
+
+def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) -> Card:
+    """Generates every pending shard of this job; starts no engine if there are none.
+
+    retry_dead: also retry the dead rows of finished shards once.
+    """
+    model = getattr(recipe.engine, "model", recipe.engine.type)
+    stage_header("generate", f"{recipe.prompts.framework} prompts, {model}, decoding {recipe.decoding.mode}")
+    job, inputs = generation_job(recipe, workspace)
     pending, done = pending_shards(workspace, job.folder, inputs)
     dead = [shard for shard in inputs if retry_dead and shard.name in done and done[shard.name].rows_dead]
     watch, cards = Stopwatch(), done
@@ -356,6 +368,8 @@ def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) 
             cards = write_texts(recipe, workspace, stage, inputs, rows, on_card, done=done, again=dead)
         if counters := decoder_counters(c for name, c in cards.items() if name in rows):
             note(f"decoder: {counters.summary}")
+        if share := cached_share(c for name, c in cards.items() if name in rows):
+            note(f"{share:.0%} of the prompts' tokens came from the engine's cache")
     else:
         note(f"all {len(inputs)} shards are already done")
     check_dead_share(job.artifact(workspace), cards.values(), recipe.generate)
@@ -369,6 +383,39 @@ def generate(recipe: Recipe, workspace: Workspace, *, retry_dead: bool = False) 
     return finish_stage(
         workspace, "generate", named, counts=counts, outputs={"knowledge": job.folder}, seconds=watch.seconds
     )
+
+
+def sweep_engine(
+    recipe: Recipe, workspace: Workspace, axes: Mapping[str, Sequence[Any]], *, n_prompts: int = 256, seed: int = 0
+) -> tuple[list[MeasuredSetting], MeasuredSetting, dict[str, dict[str, Any]]]:
+    """Measures engine settings on a sample of the recipe's prompts; see vllm_engine.sweep. Writes no texts.
+
+    Returns all measured settings, the best, and the recipe's sections with it, as far as they differ.
+    Raises RecipeError for an engine other than vLLM, and WorkspaceError if the workspace is not prepared.
+    """
+    engine, decoding = recipe.engine, recipe.decoding
+    if not isinstance(engine, VllmEngineConfig):
+        raise RecipeError(f"engine.type: {engine.type} has no settings to sweep here. Only vllm has.")
+    stage_header("sweep-engine", f"{engine.model}, {n_prompts} prompts")
+    job, inputs = generation_job(recipe, workspace)
+    prompts = sample_prompts(workspace, job, inputs, n_prompts + WARM_UP, seed, engine.token_counter())
+    if len(prompts) <= WARM_UP:
+        raise WorkspaceError(
+            f"{workspace.root}: {len(prompts)} prompts are too few to measure with. Prepare more rows."
+        )
+    turns = [(prompt.system, prompt.text) for prompt in prompts]
+    log = workspace.log_path("sweep")
+    note(f"engine log: {log}")
+
+    def measure(setting: EngineSetting) -> MeasuredSetting:
+        measured = measure_setting(setting, engine, decoding, recipe.sampling, turns, log)
+        note(f"{setting.label}: {measured.error or f'{measured.prompts_per_s:,.1f} prompts/s'}")
+        return measured
+
+    rows, best = sweep(EngineSetting.of(engine, decoding), axes, measure, cpu=on_cpu())
+    if best.rows > len(turns) / 2:
+        warn(f"an engine takes {best.rows:,} rows at once: measure with --prompts {4 * best.rows} for a full batch")
+    return rows, best, best.setting.lines(engine, decoding)
 
 
 def write_texts(
