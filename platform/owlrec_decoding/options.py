@@ -86,16 +86,17 @@ def drafting(
     mode: Literal["strict", "relaxed", "off"] = "strict",
     *,
     model: str | None = None,
+    runner: Literal["v1", "v2"] = "v1",
     **settings: Any,
 ) -> dict[str, Any]:
     """Keyword arguments that enable the decoder in a `vllm.LLM`: `LLM(name, **drafting(...))`.
 
     pools: a folder of pools to draft from (`owlrec_decoding.pools.write_pool`); without one, finished texts serve as
     drafts for later ones. mode: strict changes no answer; relaxed accepts more drafts by DARE's rule (`min_prob`).
-    model: the LLM's model, if the pools do not name it; pools of another model are refused. settings: more fields of
-    DecodingConfig. Requests name their pools: `SamplingParams(extra_args=request_arguments(["item"]))`. Raises
-    DecodingError for an unknown setting or unusable pools, and VllmError if vLLM is missing or has another version
-    than the decoder supports.
+    model: the LLM's model, if the pools do not name it; pools of another model are refused. runner: see
+    engine_arguments. settings: more fields of DecodingConfig. Requests name their pools:
+    `SamplingParams(extra_args=request_arguments(["item"]))`. Raises DecodingError for an unknown setting or unusable
+    pools, and VllmError if vLLM is missing or has another version than the decoder supports.
     """
     folder = None if pools is None else str(Path(pools).expanduser())
     identity = None if folder is None else pools_identity(Path(folder))
@@ -111,7 +112,7 @@ def drafting(
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise DecodingError(f"{wrong}. Correct the setting.") from None
-    return engine_arguments(config, identity or model or "")
+    return engine_arguments(config, identity or model or "", runner=runner)
 
 
 def pools_identity(root: Path) -> str | None:
@@ -125,13 +126,21 @@ def pools_identity(root: Path) -> str | None:
 
 
 def engine_arguments(
-    config: DecodingConfig, identity: str, *, limits: DraftLimits | None = None, cpu: bool | None = None
+    config: DecodingConfig,
+    identity: str,
+    *,
+    limits: DraftLimits | None = None,
+    cpu: bool | None = None,
+    runner: Literal["v1", "v2"] = "v1",
+    adaptive: bool = True,
 ) -> dict[str, Any]:
     """The vllm.EngineArgs that enable the decoder; empty for mode off.
 
     identity: the model and tokenizer; pools of another are refused. limits: None = the defaults. cpu: whether
-    vLLM's CPU build runs; None = detect it. Raises DecodingError if the pools' folder does not
-    exist, and VllmError if vLLM is missing or has another version.
+    vLLM's CPU build runs; None = detect it. runner: vLLM's model runner; v2 drafts and verifies on a GPU alone, see
+    runner_v2.py. adaptive: whether V2 decides at each step how many drafts to verify, which needs full CUDA graphs and
+    no LoRA. Raises DecodingError if the pools' folder does not exist, and VllmError if vLLM is missing, has another
+    version, or is the CPU build and `runner` v2.
     """
     if config.mode == "off":
         return {}
@@ -144,6 +153,19 @@ def engine_arguments(
         cpu = is_cpu_build()
     limits = limits or DraftLimits()
     settings = {"config": config.model_dump(mode="json"), "limits": asdict(limits), "identity": identity}
+    if runner == "v2":
+        if cpu:
+            raise VllmError("vLLM's model runner V2 needs Triton, and its CPU build has none. Use runner='v1'.")
+        # V2 knows no custom classes: it is set up for its n-gram speculator, whose place our worker takes.
+        return {
+            "speculative_config": {
+                "method": "ngram_gpu",
+                "num_speculative_tokens": limits.max_draft,
+                "enable_adaptive_verification": adaptive,
+            },
+            "worker_cls": "owlrec_decoding.runner_v2.RetrievalV2Worker",
+            "additional_config": {SETTINGS_KEY: settings},
+        }
     return {
         "speculative_config": {
             "method": "custom_class",
