@@ -80,6 +80,8 @@ class DraftLimits:
 def drafting(
     texts: Any = None,
     mode: Literal["strict", "relaxed", "off"] = "strict",
+    *,
+    runner: Literal["v1", "v2"] = "v1",
     **settings: Any,
 ) -> dict[str, Any]:
     """Keyword arguments that enable the decoder in a `vllm.LLM`: `LLM(name, **drafting("answers.csv"))`.
@@ -87,7 +89,8 @@ def drafting(
     texts: what to draft from: a CSV or JSON lines file, a pandas or Arrow table, or a sequence of texts. A
     table has a column `text` and, optionally, `pool` (requests name theirs; "default" serves all) and `id` (an integer:
     a request's own earlier text). Without texts, finished answers serve as drafts for later ones. mode: strict changes
-    no answer; relaxed accepts more drafts by DARE's rule (`min_prob`). settings: more fields of DecodingConfig.
+    no answer; relaxed accepts more drafts by DARE's rule (`min_prob`). runner: see engine_arguments. settings: more
+    fields of DecodingConfig.
     Requests name their pools: `SamplingParams(extra_args=request_arguments(["item"], document=7))`. Raises
     DecodingError for an unknown setting or a missing file, and VllmError if vLLM is missing or has another version than
     the decoder supports.
@@ -102,7 +105,7 @@ def drafting(
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise DecodingError(f"{wrong}. Correct the setting.") from None
-    return engine_arguments(config, texts=None if texts is None or mode == "off" else _file_of(texts))
+    return engine_arguments(config, texts=None if texts is None or mode == "off" else _file_of(texts), runner=runner)
 
 
 def _file_of(texts: Any) -> str:
@@ -138,13 +141,21 @@ def _remove(name: str) -> None:
 
 
 def engine_arguments(
-    config: DecodingConfig, *, texts: str | None = None, limits: DraftLimits | None = None, cpu: bool | None = None
+    config: DecodingConfig,
+    *,
+    texts: str | None = None,
+    limits: DraftLimits | None = None,
+    cpu: bool | None = None,
+    runner: Literal["v1", "v2"] = "v1",
+    adaptive: bool = True,
 ) -> dict[str, Any]:
     """The vllm.EngineArgs that enable the decoder; empty for mode off.
 
     texts: a file to draft from (`owlrec_decoding.pools.read_texts`), which the engine reads when it starts. limits:
-    None = the defaults. cpu: whether vLLM's CPU build runs; None = detect it. Raises VllmError if vLLM is missing or
-    has another version.
+    None = the defaults. cpu: whether vLLM's CPU build runs; None = detect it. runner: vLLM's model runner; v2 drafts
+    and verifies on a GPU alone, see runner_v2.py. adaptive: whether V2 decides at each step how many drafts to verify,
+    which needs full CUDA graphs and no LoRA. Raises VllmError if vLLM is missing, has another version, or is the CPU
+    build and `runner` v2.
     """
     if config.mode == "off":
         return {}
@@ -152,6 +163,19 @@ def engine_arguments(
         cpu = is_cpu_build()
     limits = limits or DraftLimits()
     settings = {"config": config.model_dump(mode="json"), "limits": asdict(limits), "texts": texts}
+    if runner == "v2":
+        if cpu:
+            raise VllmError("vLLM's model runner V2 needs Triton, and its CPU build has none. Use runner='v1'.")
+        # V2 knows no custom classes: it is set up for its n-gram speculator, whose place our worker takes.
+        return {
+            "speculative_config": {
+                "method": "ngram_gpu",
+                "num_speculative_tokens": limits.max_draft,
+                "enable_adaptive_verification": adaptive,
+            },
+            "worker_cls": "owlrec_decoding.runner_v2.RetrievalV2Worker",
+            "additional_config": {SETTINGS_KEY: settings},
+        }
     return {
         "speculative_config": {
             "method": "custom_class",

@@ -4,7 +4,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from owlrec_decoding import DecodingConfig, DraftLimits, Relaxation, engine_arguments, request_arguments
+from owlrec_decoding import DecodingConfig, DraftLimits, Relaxation, VllmError, engine_arguments, request_arguments
 
 
 def test_off_changes_nothing() -> None:
@@ -17,6 +17,19 @@ def test_engine_arguments_name_proposer_and_worker(cpu: bool, worker: str) -> No
     assert arguments["speculative_config"]["num_speculative_tokens"] == 6
     assert arguments["worker_cls"] == f"owlrec_decoding.drafter.{worker}"
     assert arguments["additional_config"]["owlrec_decoding"]["texts"] == "t.csv"
+
+
+def test_runner_v2_is_set_up_for_a_speculator_that_it_knows() -> None:
+    config = DecodingConfig(mode="strict")
+    arguments = engine_arguments(config, limits=DraftLimits(max_draft=6), cpu=False, runner="v2")
+    assert arguments["speculative_config"] == {
+        "method": "ngram_gpu",
+        "num_speculative_tokens": 6,
+        "enable_adaptive_verification": True,
+    }
+    assert arguments["worker_cls"] == "owlrec_decoding.runner_v2.RetrievalV2Worker"
+    with pytest.raises(VllmError, match="v1"):
+        engine_arguments(config, cpu=True, runner="v2")
 
 
 @pytest.mark.parametrize(
