@@ -430,7 +430,6 @@ if INTERPRETED:
 
         arguments = engine_arguments(
             DecodingConfig(mode="strict"),
-            "tiny",
             limits=DraftLimits(max_draft=4),
             cpu=False,
             runner="v2",
