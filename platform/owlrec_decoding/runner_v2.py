@@ -892,7 +892,8 @@ class RetrievalRunnerV2(_Base):
             if _given_id(req_id) in ids:
                 self._keep_counts(req_id)
         none = ("", torch.zeros(3, dtype=torch.int32))
-        return {i: tuple(self._finished.get(i, none)[1].tolist()) for i in ids}
+        counts = {i: self._finished.get(i, none)[1].tolist() for i in ids}
+        return {i: (drafted, accepted, relaxed) for i, (drafted, accepted, relaxed) in counts.items()}
 
     def _add_requests(self, new: Sequence[Any]) -> None:
         slots = self.model_runner.req_states.req_id_to_index

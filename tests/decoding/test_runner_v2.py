@@ -33,6 +33,7 @@ if not INTERPRETED:
         from owlrec_decoding import runner_v2
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # it warns where this is unset
         sizes = {"K": 16, "K_PO2": 32, "N_BLOCKS": 32, "N_BLOCKS_PO2": 32, "ROWS": 8}
         long = ("idx_mapping_ptr", "slots_ptr", "last_sampled_ptr", "scan_ptr", "drafts_ptr")
         real = re.compile(
@@ -507,4 +508,9 @@ if INTERPRETED:
         assert [relaxed for _, _, relaxed in counts] == [0, 0]
         assert min(accepted for _, accepted, _ in counts) >= 4
         assert all(drafted > accepted for drafted, accepted, _ in counts)
+        loose = Relaxation(k=VOCAB, min_prob=0.0)
+        relaxed, _, counts = write(request_arguments(["mine"], mode="relaxed", relaxation=loose))
+        # Any draft passes now, so the mistakes are written again.
+        assert [text[:7] for text in relaxed] == [text[:7] for text in wrong]
+        assert min(relaxed for _, _, relaxed in counts) >= 1
         engine.engine_core.shutdown()
