@@ -70,9 +70,9 @@ _EDGES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 0.97)  # of the chances in Acceptance
 _FOLLOWED = (0.2, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7)  # the chance that a match goes on, by its length
 _PRIOR_WEIGHT, _MEMORY = tl.constexpr(20.0), tl.constexpr(512.0)  # as in AcceptanceRates
 _LEARNED = tl.constexpr(32)  # cells by one program
-# Drafts end where the chance to be accepted falls below this. V2 verifies `num_speculative_tokens` per row whatever
-# was found, unless adaptive verification cuts them, so only the search itself is saved.
-FLOOR = tl.constexpr(0.02)
+# Drafts end where the chance to be accepted falls below this, the static threshold. It is low: V2 verifies
+# `num_speculative_tokens` per row whatever was found, unless adaptive verification cuts them by the same chances.
+FLOOR = tl.constexpr(0.001)
 _NO_MARGIN = 2.0  # larger than any difference of probabilities
 _CHOSEN = tl.constexpr(60000.0)  # a logit above all others, within fp16
 _VOCAB = tl.constexpr(4096)  # logits at a time
@@ -898,10 +898,16 @@ class RetrievalRunnerV2(_Base):
         self.speculator.load({n: pool for n, pool in self.speculator.index.pools.items() if n not in names})
 
     def owlrec_request_counts(self, ids: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-        """A call: tokens drafted, accepted, and accepted only by the relaxed rule, of finished requests, by the
-        caller's ids. Waits for the device. Only the last few thousand requests are kept."""
+        """A call: tokens drafted, accepted, and accepted only by the relaxed rule, by the caller's ids.
+
+        Waits for the device. Of finished requests, only the last few thousand are kept.
+        """
+        for req_id in self.model_runner.req_states.req_id_to_index:  # vLLM removes a request in the step after its last
+            if _given_id(req_id) in ids:
+                self._keep_counts(req_id)
         none = ("", torch.zeros(3, dtype=torch.int32))
-        return {i: tuple(self._finished.get(i, none)[1].tolist()) for i in ids}
+        counts = {i: self._finished.get(i, none)[1].tolist() for i in ids}
+        return {i: (drafted, accepted, relaxed) for i, (drafted, accepted, relaxed) in counts.items()}
 
     def _add_requests(self, new: Sequence[Any]) -> None:
         slots = self.model_runner.req_states.req_id_to_index
@@ -914,13 +920,19 @@ class RetrievalRunnerV2(_Base):
         slot = self.model_runner.req_states.req_id_to_index.get(req_id)
         if slot is None:
             return
-        given = req_id.rsplit("-", 1)[0]  # vLLM appends a dash and eight random characters
-        counts = self.speculator.totals[slot].clone()
+        given, totals = _given_id(req_id), self.speculator.totals[slot]
+        counts = totals.clone()
+        totals.zero_()
         if given in self._finished and self._finished[given][0] == req_id:
-            counts += self._finished[given][1]  # it was preempted
+            counts += self._finished[given][1]  # it was asked for before, or preempted
         self._finished[given] = (req_id, counts)
         while len(self._finished) > _KEPT_COUNTS:
             self._finished.popitem(last=False)
+
+
+def _given_id(request_id: str) -> str:
+    """The caller's id: vLLM appends a dash and eight random characters (v1/engine/input_processor.py:354)."""
+    return request_id.rsplit("-", 1)[0]
 
 
 class RetrievalV2Worker(RetrievalRunnerV2, Worker):

@@ -5,6 +5,7 @@ own: there the tests below the line are defined.
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,33 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if not INTERPRETED:
     pytest.importorskip("triton", reason="the kernels of runner V2 are written in Triton")
+
+    @pytest.mark.parametrize(
+        "kernel", ["scan_kernel", "draft_kernel", "learn_kernel", "relax_kernel", "restore_kernel"]
+    )
+    def test_kernels_compile_for_an_h100(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        from owlrec_decoding import runner_v2
+
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # it warns where this is unset
+        sizes = {"K": 16, "K_PO2": 32, "N_BLOCKS": 32, "N_BLOCKS_PO2": 32, "ROWS": 8}
+        long = ("idx_mapping_ptr", "slots_ptr", "last_sampled_ptr", "scan_ptr", "drafts_ptr")
+        real = re.compile(
+            "(.*chance|factors|edges|followed|confidence|expected|tried|accepted|hoped|prior|rules|.*ture|saved)_ptr"
+        )
+        types = {"logits_ptr": "*bf16", **dict.fromkeys(long, "*i64"), **dict.fromkeys(sizes, "constexpr")}
+
+        def type_of(name: str) -> str:
+            return types.get(name) or ("*fp32" if real.fullmatch(name) else "*i32" if name.endswith("_ptr") else "i32")
+
+        function = getattr(runner_v2, kernel)
+        signature = {name: type_of(name) for name in function.arg_names}
+        source = ASTSource(function, signature, constexprs={n: sizes[n] for n in signature if n in sizes})
+        assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
 
     @pytest.mark.process
     @pytest.mark.timeout(1800)
@@ -318,8 +346,8 @@ if INTERPRETED:
         admit(made, rows)
         made.load({"other": build_pool([[1, 2, 0]], [20])})
         slots = propose(made, rows)
-        assert made.count[slots].tolist() == [0, 3]
-        assert made.drafts[1, :3].tolist() == [2, 5, 8]  # .35, .4 and .45, each times .7 for what was written before
+        assert made.count[slots].tolist() == [0, 5]
+        assert made.drafts[1].tolist() == [2, 5, 8, 1, 2]
 
     def test_chances_are_learned_as_on_the_host() -> None:
         rng = np.random.default_rng(5)
@@ -474,10 +502,12 @@ if INTERPRETED:
         strict, fewer, counts = write(request_arguments(["mine"]))
         assert strict == plain
         assert fewer < steps - 3
-        assert all(drafted > accepted >= 4 and relaxed == 0 for drafted, accepted, relaxed in counts)
+        assert [relaxed for _, _, relaxed in counts] == [0, 0]
+        assert min(accepted for _, accepted, _ in counts) >= 4
+        assert all(drafted > accepted for drafted, accepted, _ in counts)
         loose = Relaxation(k=VOCAB, min_prob=0.0)
         relaxed, _, counts = write(request_arguments(["mine"], mode="relaxed", relaxation=loose))
         # Any draft passes now, so the mistakes are written again.
-        assert all(text[6] == draft[6] for text, draft in zip(relaxed, wrong, strict=True))
-        assert all(c[2] >= 1 for c in counts)
+        assert [text[:7] for text in relaxed] == [text[:7] for text in wrong]
+        assert min(relaxed for _, _, relaxed in counts) >= 1
         engine.engine_core.shutdown()
