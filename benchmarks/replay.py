@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from owlrec.generation.models import PACKAGED, load_tokenizer
 
 from benchmarks.controller import curves
 from benchmarks.table import Figure, options_parser, show
+from owlrec.generation.engines import PACKAGED, load_tokenizer
 from owlrec.ops.console import note
 from owlrec_decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, SearchSet, build_pool
 from owlrec_decoding.pools import CELLS, AcceptanceRates, draft_rows
