@@ -516,7 +516,7 @@ def token_bytes(settings: Any) -> int:
     model, parallel = settings.model_config, settings.parallel_config
     heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
     number_bytes = 1 if settings.cache_config.cache_dtype.startswith("fp8") else model.dtype.itemsize
-    return int(2 * heads * model.get_head_size() * number_bytes)
+    return max(1, int(2 * heads * model.get_head_size() * number_bytes))  # a model without attention keeps none
 
 
 def count_by(tokenizer: Any) -> Callable[[str], int]:
@@ -563,16 +563,15 @@ class EngineSetting(Config):
     @classmethod
     def of(cls, engine: VllmEngineConfig, decoding: DecodingConfig) -> "EngineSetting":
         """The setting that a recipe has."""
-        rows, tokens = engine.max_num_seqs, engine.engine_args.get("max_num_batched_tokens")
-        rows = engine.engine_args.get("max_num_seqs", rows)
+        args = engine.engine_args
+        rows, tokens = args.get("max_num_seqs", engine.max_num_seqs), args.get("max_num_batched_tokens")
         return cls(max_num_seqs=rows, max_num_batched_tokens=tokens, precision=engine.precision, decoding=decoding.mode)
 
     @property
     def label(self) -> str:
         """One line of text."""
-        named = {"rows": self.max_num_seqs, "tokens per step": self.max_num_batched_tokens}
-        parts = [f"{value or 'default'} {name}" for name, value in named.items()]
-        return ", ".join([*parts, f"precision {self.precision}", f"decoding {self.decoding}"])
+        rows, tokens = self.max_num_seqs or "default", self.max_num_batched_tokens or "default"
+        return f"{rows} rows, {tokens} tokens per step, precision {self.precision}, decoding {self.decoding}"
 
     def lines(self, engine: VllmEngineConfig, decoding: DecodingConfig) -> dict[str, dict[str, Any]]:
         """The recipe's sections with this setting: the keys in which it differs from the recipe's own."""
@@ -612,11 +611,10 @@ class MeasuredSetting(Config):
 
 def default_axes(first: MeasuredSetting, *, cpu: bool) -> dict[str, list[Any]]:
     """Values to try by field of EngineSetting: half and twice what the first engine took, then other ways to run."""
+    rows, tokens = first.rows or 128, first.step_tokens or 4096  # where the first one failed
     axes: dict[str, list[Any]] = {
-        "max_num_seqs": [max(1, first.rows // 2), 2 * first.rows] if first.rows else [64, 256],
-        "max_num_batched_tokens": (
-            [max(1, first.step_tokens // 2), 2 * first.step_tokens] if first.step_tokens else [2048, 8192]
-        ),
+        "max_num_seqs": [max(1, rows // 2), 2 * rows],
+        "max_num_batched_tokens": [max(1, tokens // 2), 2 * tokens],
     }
     if not cpu:
         axes["precision"] = ["auto", "fp8"]
