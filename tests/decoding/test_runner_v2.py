@@ -324,6 +324,16 @@ if INTERPRETED:
         drafts = [made.drafts[i, : made.count[slot]].tolist() for i, slot in enumerate(slots)]
         assert drafts == [[6, EOS], [3]]  # the second may write two tokens, one of which vLLM samples itself
 
+    def test_of_sources_that_hope_as_much_the_earlier_speaks() -> None:
+        made = speculator()
+        made.load({"mine": build_pool([[1, 2, 3, 10, 11, 12, 13, 14, 15, 16, 17]], [20])})
+        rows = [Row([1, 2, 3, 1, 2], 5, ["mine"], document=20)]
+        admit(made, rows)
+        slots = propose(made, rows)
+        # Own text and context match two tokens, .4; the pool hopes less, since 3 is one of ten followers.
+        assert made.drafts[0, 0] == 3
+        assert made.cells[slots[0], 0] // CELLS == 0
+
     def test_adaptive_verification_takes_the_likeliest_drafts() -> None:
         from vllm.v1.worker.gpu.spec_decode.adaptive_verification import _assign_draft_token_budget
 
