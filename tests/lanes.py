@@ -3,7 +3,8 @@
 `make test` is the whole suite. Tests of whole runs and jobs (`e2e`) and tests that ask the one cluster and servers
 (`main`) wait for processes half of the time, so each leaves the other room. What computes (`beside`), vLLM's engines
 among it, gets the processor whenever nobody else wants it (SCHED_IDLE; the lowest priority where the system knows no
-such class). `make check` is what only computes, in two halves of about the same length.
+such class), in two parts, which have a core each when the others are done. `make check` is what only computes, in two
+halves of about the same length.
 
 `python tests/lanes.py ARGUMENTS` passes its arguments to all, --check aside and --coverage, with which lines of
 platform/owlrec are counted in every process that they start; `pytest` alone runs everything in one process.
@@ -48,7 +49,8 @@ class Lane:
 TEST = (
     Lane(("--lane", "main"), SLEEPING),
     Lane(("--lane", "e2e"), SLEEPING),
-    Lane(("--lane", "beside"), ALONE, give_way),
+    Lane(("--lane", "beside", *(f"--ignore={folder}" for folder in MODELS)), ALONE, give_way),
+    Lane(("--lane", "beside", *MODELS), ALONE, give_way),
 )
 CHECK = (
     Lane(("-m", ONLY_COMPUTES, *(f"--ignore={folder}" for folder in MODELS)), ALONE),
