@@ -33,13 +33,8 @@ def main() -> None:
 
     modes = request_arguments(mode="off"), request_arguments()
     plain, drafted = (SamplingParams(max_tokens=100, temperature=0, extra_args=mode) for mode in modes)
-    llm = LLM(
-        resolve_model(options.model),
-        max_model_len=512,
-        max_num_seqs=4,
-        enforce_eager=True,
-        **owlrec.drafting(options.texts),
-    )
+    decoding = owlrec.drafting(options.texts)
+    llm = LLM(resolve_model(options.model), max_model_len=512, max_num_seqs=4, enforce_eager=True, **decoding)
     if options.texts is None:
         answers(llm, YESTERDAY, drafted)
     times, written = [], []

@@ -362,7 +362,8 @@ def test_drafting_reads_files_frames_and_sequences(tmp_path: Path) -> None:
     assert drafted_from(owlrec.drafting(pa.Table.from_pandas(frame))) == rows
     assert drafted_from(owlrec.drafting(["one", "two"])) == [Text("one"), Text("two")]
     assert owlrec.drafting()["additional_config"]["owlrec_decoding"]["texts"] is None
-    for wrong in (tmp_path / "none.csv", pd.DataFrame({"texts": ["x"]}), 7):
+    (tmp_path / "texts.txt").write_text("x")
+    for wrong in (tmp_path / "none.csv", tmp_path / "texts.txt", pd.DataFrame({"texts": ["x"]}), 7):
         with pytest.raises(RecipeError, match="texts: "):
             owlrec.drafting(wrong)
 

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 VLLM_VERSION = "0.32.0"  # the version whose internals the decoder uses
 LEAD_TOKENS = 8  # of the prompt, kept before a text in a pool, so an answer's first tokens can be drafted
 DEFAULT_POOL = "default"  # for requests without a pool, or with a missing one
+TEXT_FILES = (".csv", ".jsonl")  # that the decoder reads
 SETTINGS_KEY = "owlrec_decoding"  # in vLLM's additional_config
 POOLS, DOCUMENT, MODE, K, MIN_PROB, MARGIN = (
     f"owlrec_{name}" for name in ("pools", "document", "mode", "k", "min_prob", "margin")
@@ -114,6 +115,8 @@ def _file_of(texts: Any) -> str:
         file = Path(texts).expanduser().absolute()
         if not file.is_file():
             raise DecodingError(f"texts: there is no file {file}.")
+        if file.suffix not in TEXT_FILES:
+            raise DecodingError(f"texts: {file} is not one of {', '.join(TEXT_FILES)}. Convert it, or pass a table.")
         return str(file)
     if hasattr(texts, "to_pylist"):
         rows = texts.to_pylist()

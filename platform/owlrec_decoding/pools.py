@@ -31,7 +31,7 @@ from owlrec_decoding.index import (
     match_sealed,
     match_text,
 )
-from owlrec_decoding.options import DEFAULT_POOL, LEAD_TOKENS, DecodingError, DraftLimits
+from owlrec_decoding.options import DEFAULT_POOL, LEAD_TOKENS, TEXT_FILES, DecodingError, DraftLimits
 
 # ---------------------------------------------------------------------------------------------------------------- texts
 # Texts as the engine's tokens: what pools are built from.
@@ -55,9 +55,9 @@ def read_texts(path: str | Path) -> list[Text]:
     Raises DecodingError if the file cannot be read, has another ending, or lacks the column.
     """
     file = Path(path)
-    readers = {".csv": _read_csv, ".jsonl": _read_json_lines}
+    readers = dict(zip(TEXT_FILES, (_read_csv, _read_json_lines), strict=True))
     if file.suffix not in readers:
-        raise DecodingError(f"texts: {file} is not one of {', '.join(readers)}. Convert it, or pass a frame.")
+        raise DecodingError(f"texts: {file} is not one of {', '.join(readers)}. Convert it, or pass a table.")
     try:
         rows = readers[file.suffix](file)
         return [

@@ -62,8 +62,8 @@ def test_a_run_in_a_scenario_of_ones_own() -> None:
 
 @pytest.mark.vllm
 def test_drafts_from_ones_own_texts_change_no_answer(model: str, tmp_path: Path) -> None:
-    texts = tmp_path / "texts.txt"
-    texts.write_text("Alien is a film.\nHeat is a film by a director.\n")
+    texts = tmp_path / "texts.csv"
+    texts.write_text("text\nAlien is a film.\nHeat is a film by a director.\n")
     assert "4 of 4 answers identical" in run("decoder_in_vllm", "--model", model, "--texts", str(texts))
 
 
