@@ -1,6 +1,6 @@
 """How many tokens per step a file of texts gives, replayed as if greedy decoding wrote it, without any engine.
 
-Texts held out are written anew: at each place a draft is made from the texts that are written already, its longest
+Held-out texts are written again: at each place a draft is made from the texts that are written already, its longest
 right prefix is accepted, plus one token. As in an engine, a text stands behind the end of its prompt (here one token)
 and before its end token, so that its beginning and its end are drafted, too. Beside it the plain vote of the longest
 suffix, of the texts alone: n-grams of 8, 6, 4, 3 and 2 tokens, the most frequent follower again and again until the

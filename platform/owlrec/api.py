@@ -26,6 +26,7 @@ from owlrec.ids import KINDS, TABLES, stable_id
 from owlrec.lookup import workspace_of
 from owlrec.ops.console import ShardWatch, progress, silent
 from owlrec.recipe import Recipe, load_recipe, make_recipe
+from owlrec.releases.earlier_texts import sample_ids
 from owlrec.releases.release import current_release, open_release
 from owlrec.runner import pending_shards
 from owlrec.runs import STAGES
@@ -136,7 +137,7 @@ def _released_texts(workspace: Workspace) -> list[dict[str, Any]]:
     rows = []
     with open_release(workspace, verify=False, lazily=True) as release:
         for kind in KINDS:
-            known = release.get(kind, release.store.ids(kind, _DRAFTED).tolist())
+            known = release.get(kind, sample_ids(workspace, release, kind, _DRAFTED).tolist())
             rows += [{"text": k.text, "id": k.id, "pool": kind} for k in known if k is not None and k.text]
     return rows
 

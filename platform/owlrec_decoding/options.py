@@ -114,7 +114,7 @@ def _file_of(texts: Any) -> str:
     if isinstance(texts, str | os.PathLike):
         file = Path(texts).expanduser().absolute()
         if not file.is_file():
-            raise DecodingError(f"texts: there is no file {file}.")
+            raise DecodingError(f"texts: {file} does not exist.")
         if file.suffix not in TEXT_FILES:
             raise DecodingError(f"texts: {file} is not one of {', '.join(TEXT_FILES)}. Convert it, or pass a table.")
         return str(file)

@@ -218,11 +218,11 @@ class Pools:
 CHANCES, OTHERS, WRITTEN = 8, 4, 3
 CELLS = CHANCES * OTHERS * WRITTEN
 SILENT, AGREE, LONGEST, SHORTER = range(OTHERS)
-_EDGES = np.array([0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 0.97])
+EDGES = np.array([0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 0.97])
 _PRIOR = np.outer([1.0, 1.0, 0.8, 0.4], [1.0, 0.7, 1.0]).ravel()  # factors before anything was learned
-_PRIOR_WEIGHT = 20.0  # expected acceptances that the prior factor counts for
-_MEMORY = 512.0  # observations after which a cell's counts are halved
-_SURE = 0.999
+PRIOR_WEIGHT = 20.0  # expected acceptances that the prior factor counts for
+MEMORY = 512.0  # observations after which a cell's counts are halved
+SURE = 0.999
 
 
 class AcceptanceRates:
@@ -269,11 +269,11 @@ def _learn(
     for i in range(len(seen)):
         for j in range(seen[i]):
             cell = cells[i, j]
-            if tried[cell] > _MEMORY:
+            if tried[cell] > MEMORY:
                 tried[cell] *= 0.5
                 hoped[cell] *= 0.5
                 taken[cell] *= 0.5
-            factors[cell] = (taken[cell] + _PRIOR_WEIGHT * prior[cell]) / (hoped[cell] + _PRIOR_WEIGHT)
+            factors[cell] = (taken[cell] + PRIOR_WEIGHT * prior[cell]) / (hoped[cell] + PRIOR_WEIGHT)
 
 
 # ------------------------------------------------------------------------------------------------------------ retrieval
@@ -281,13 +281,13 @@ def _learn(
 
 _CANDIDATES = 8
 _NEAR = 1  # tokens by which a live match may fall short of the longest and still count as evidence
-_WINDOW = 8192  # tokens of a row's own context that are searched: beyond it the scan would cost more than it finds
+WINDOW = 8192  # tokens of a row's own context that are searched: beyond it the scan would cost more than it finds
 _HALVES = 0.5 ** np.arange(64)
 # The chance that a match of one place goes on, by its length in tokens (1 to 7, and more), before anything was learned.
-_FOLLOWED = np.array([0.2, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7])
+FOLLOWED = np.array([0.2, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7])
 _FEW = 0.6  # of a live pool's votes, before anything was learned
 _NO_ENDS = np.zeros(0, np.int32)
-_LEAST = 2  # tokens that must match before a row's own context is followed: one alone is chance
+LEAST = 2  # tokens that must match before a row's own context is followed: one alone is chance
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ def draft_rows(
 @compiled
 def _chance_bucket(chance: float) -> int:
     bucket = 0
-    while bucket < CHANCES - 1 and chance >= _EDGES[bucket]:
+    while bucket < CHANCES - 1 and chance >= EDGES[bucket]:
         bucket += 1
     return bucket
 
@@ -377,8 +377,8 @@ def _vote(text: np.ndarray, found: int, positions: np.ndarray, lengths: np.ndarr
     if found == 0:
         return BORDER, 0.0, 0
     # One place in all is worth as much as a match of that length; of several, the share that agrees counts. Few texts
-    # are no fair sample.
-    alone = float(_FOLLOWED[min(length, 8) - 1])
+    # are not a fair sample.
+    alone = float(FOLLOWED[min(length, 8) - 1])
     return token, _FEW * (agreeing - 1 + alone) / max(total, 1) if agreeing > 0 else 0.1, length
 
 
@@ -424,7 +424,7 @@ def _draft_rows(
         limit = min(depth, limits[i])
         if limit <= 0:
             continue
-        context = contexts[rows[i], max(0, row_lengths[i] - _WINDOW) : row_lengths[i]]
+        context = contexts[rows[i], max(0, row_lengths[i] - WINDOW) : row_lengths[i]]
         size, kept, used, n, chance = len(context), min(DEPTH, len(context)), 0, 0, 1.0
         output = context[max(0, size - (row_lengths[i] - prompts[i])) :]
         tail[:kept] = context[size - kept :]
@@ -457,10 +457,10 @@ def _draft_rows(
                 else:
                     text = texts[place] if kind == TEXT else context
                     if at[s] == -2:
-                        at[s], length[s] = match_text(text, end, 1 if kind == TEXT else _LEAST)
+                        at[s], length[s] = match_text(text, end, 1 if kind == TEXT else LEAST)
                     if at[s] >= 0:
                         says[s] = text[at[s]] if at[s] < len(text) else tail[kept + at[s] - len(text)]
-                        hopes[s] = _FOLLOWED[min(length[s], 8) - 1]
+                        hopes[s] = FOLLOWED[min(length[s], 8) - 1]
             best, best_expected, best_cell, token = 0.0, 0.0, 0, BORDER
             for s in range(used):
                 if at[s] < 0:
@@ -486,7 +486,7 @@ def _draft_rows(
                     written += tail[j] == says[s]
                 cell = (_chance_bucket(expected) * OTHERS + others) * WRITTEN + min(written, WRITTEN - 1)
                 cell += groups[i, s] * CELLS
-                hope = min(_SURE, expected * factors[cell])
+                hope = min(SURE, expected * factors[cell])
                 if hope > best:
                     best, best_expected, best_cell, token = hope, expected, cell, says[s]
             chance *= best

@@ -13,7 +13,7 @@ counters. The kernels equal a numpy oracle in Triton's interpreter and have not 
 V2, since the released Triton has no backend named "cpu" (vllm/triton_utils/importing.py:44): there, V1 is what runs.
 """
 # mypy: disable-error-code="no-untyped-def"
-# The arguments of kernels are pointers, for which there are no types.
+# The arguments of kernels are pointers, which have no types here.
 
 import itertools
 from collections import OrderedDict
@@ -36,15 +36,23 @@ from owlrec_decoding.options import DEFAULT_POOL, DecodingConfig, DraftLimits, R
 from owlrec_decoding.pools import (
     AGREE,
     CELLS,
+    EDGES,
+    FOLLOWED,
+    LEAST,
     LONGEST,
+    MEMORY,
     OTHERS,
+    PRIOR_WEIGHT,
     SHORTER,
     SILENT,
+    SURE,
+    WINDOW,
     WRITTEN,
     AcceptanceRates,
     build_pools,
     read_texts,
 )
+from owlrec_decoding.verification import rule_numbers
 
 # -------------------------------------------------------------------------------------------------------------- layout
 # A row's sources are the lanes of one vector: its own earlier text, its pools, its own prompt and output.
@@ -52,28 +60,25 @@ from owlrec_decoding.pools import (
 # Constants that kernels read are `tl.constexpr`, elsewhere `.value` of them.
 _LANES = tl.constexpr(8)
 MAX_POOLS = _LANES.value - 2  # the first lane is the row's own text, the last its context
-CLASSES = ("own", "named", "default", "context")  # as in drafter.py: acceptance is learned per class and rule
+CLASSES = ("own", "named", "default", "context")  # drafter.py's without the live pool: acceptance is learned by them
 
 # A request's int32 fields on the device: where its own text starts and ends, how long it may become, k of its rule (1 =
 # strict), whether it drafts; by lane its pools and groups; end tokens, of which only the first eight count.
-_FIELDS, _OWN_START, _OWN_END, _LONGEST, _K, _DRAFTS = (tl.constexpr(n) for n in (32, 0, 1, 2, 3, 4))
+_FIELDS, _OWN_START, _OWN_END, _END, _K, _DRAFTS = (tl.constexpr(n) for n in (32, 0, 1, 2, 3, 4))
 _POOLS, _GROUPS, _ENDS, _N_ENDS = (tl.constexpr(n) for n in (8, 16, 24, 8))
 
 _DEPTH, _CELLS, _OTHERS, _WRITTEN = (tl.constexpr(n) for n in (DEPTH, CELLS, OTHERS, WRITTEN))
 _SILENT, _AGREE, _LONGEST, _SHORTER = (tl.constexpr(n) for n in (SILENT, AGREE, LONGEST, SHORTER))
-_WINDOW = tl.constexpr(8192)  # tokens of a row's own context that are searched
+_WINDOW = tl.constexpr(WINDOW)
 _SCANNED = tl.constexpr(256)  # of these by one program
 _COUNTED = tl.constexpr(64)  # at a time, for how often a token was written
-_LEAST = tl.constexpr(2)  # tokens that must match before a row's own context is followed: one alone is chance
-_SURE = tl.constexpr(0.999)
-_EDGES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 0.97)  # of the chances in AcceptanceRates' cells
-_FOLLOWED = (0.2, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7)  # the chance that a match goes on, by its length
-_PRIOR_WEIGHT, _MEMORY = tl.constexpr(20.0), tl.constexpr(512.0)  # as in AcceptanceRates
+_LEAST = tl.constexpr(LEAST)
+_SURE = tl.constexpr(SURE)
+_PRIOR_WEIGHT, _MEMORY = tl.constexpr(PRIOR_WEIGHT), tl.constexpr(MEMORY)
 _LEARNED = tl.constexpr(32)  # cells by one program
 # Drafts end where the chance to be accepted falls below this, the static threshold. It is low: V2 verifies
 # `num_speculative_tokens` per row whatever was found, unless adaptive verification cuts them by the same chances.
 FLOOR = tl.constexpr(0.001)
-_NO_MARGIN = 2.0  # larger than any difference of probabilities
 _CHOSEN = tl.constexpr(60000.0)  # a logit above all others, within fp16
 _VOCAB = tl.constexpr(4096)  # logits at a time
 _HALF = tl.constexpr(1 << 32)  # a length and a position in one number
@@ -313,7 +318,7 @@ def draft_kernel(
     tl.store(total_ptr, tl.load(total_ptr) + verified)
     tl.store(total_ptr + 1, tl.load(total_ptr + 1) + tl.minimum(passed, verified))
 
-    limit = tl.minimum(tl.load(request_ptr + _LONGEST) - size - 1, K)
+    limit = tl.minimum(tl.load(request_ptr + _END) - size - 1, K)
     limit = tl.where((sampled > 0) & (tl.load(request_ptr + _DRAFTS) > 0), tl.maximum(limit, 0), 0)
     pool = tl.load(request_ptr + _POOLS + lane)
     group = tl.load(request_ptr + _GROUPS + lane)
@@ -620,8 +625,8 @@ class RetrievalSpeculator(BaseSpeculator):
         self.prior = torch.from_numpy(prior.astype(np.float32)).to(device)
         self.factors = self.prior.clone()
         self.tried, self.accepted, self.hoped = (zeros(len(prior)) for _ in range(3))
-        self._edges = torch.tensor([*_EDGES, float("inf")], dtype=torch.float32, device=device)
-        self._followed = torch.tensor(_FOLLOWED, dtype=torch.float32, device=device)
+        self._edges = torch.tensor([*EDGES, float("inf")], dtype=torch.float32, device=device)
+        self._followed = torch.tensor(FOLLOWED, dtype=torch.float32, device=device)
         self.unknown_pools = 0
         self.index = DeviceIndex({}, device)
 
@@ -652,8 +657,7 @@ class RetrievalSpeculator(BaseSpeculator):
         request += [group + (len(CLASSES) if rule else 0) for group in groups]
         request += ends + [-1] * (_N_ENDS.value - len(ends))
         self.requests.stage_write(slot, 0, request)
-        margin = _NO_MARGIN if rule is None or rule.margin is None else rule.margin
-        self.rules.stage_write(slot, 0, [rule.min_prob if rule else 1.0, margin])
+        self.rules.stage_write(slot, 0, list(rule_numbers(rule)[1:]))
         self.relaxed_slots[slot] = rule is not None
         self.count[slot].zero_()
         self.totals[slot].zero_()
@@ -664,10 +668,10 @@ class RetrievalSpeculator(BaseSpeculator):
         self.rules.apply_write()
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
-        """There is no model to capture."""
+        """Nothing to capture: drafts need no model."""
 
     def capture(self) -> None:
-        """There is no model to capture."""
+        """Nothing to capture: drafts need no model."""
 
     @torch.inference_mode()
     def propose(

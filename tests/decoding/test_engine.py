@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_engine import VOCAB, Decoder, half_right, prompts, tiny_model, token_lists  # type: ignore[import-not-found]
+from tiny_engine import EOS, VOCAB, Decoder, half_right, prompts, tiny_model, token_lists  # type: ignore[import-not-found]
 
 from owlrec_decoding import DecodingConfig, DraftLimits, VllmError, request_arguments
-from owlrec_decoding.drafter import profiled_drafts
+from owlrec_decoding.drafter import MAX_RELAXED, profiled_drafts
 from owlrec_decoding.pools import CELLS, AcceptanceRates
 
 pytestmark = pytest.mark.vllm
@@ -177,6 +177,26 @@ def test_a_sampled_or_penalized_row_leaves_the_others_the_short_way(llama: Decod
     assert texts[1:-1] == plain[1:]
     assert sum(llama.done[i].counts[1] for i in ids[1:-1]) > 0
     assert set(seen) <= {1, 2}
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_relaxed_rows_neither_end_by_a_draft_nor_relax_without_bound(llama: Decoder, place: int) -> None:
+    """A rule that accepts any token: the end that a pool holds is drafted last and not taken, and the cap holds."""
+    plain = token_lists(llama.run(prompts(1), "off", max_tokens=120))[0]
+    wrong = [(t + 1) % VOCAB or 1 for t in plain]
+    llama.open(f"ends{place}", [[*prompts(1)[0][-2:], plain[0], *wrong[1 : 1 + place], EOS, *wrong[1 + place :]]])
+    loose = {"owlrec_k": VOCAB, "owlrec_min_prob": 0.0}
+    before, seen = llama.counts()["tokens"], len(llama.steps)
+    (relaxed,) = llama.run(prompts(1), "relaxed", [f"ends{place}"], extra=loose, max_tokens=120)
+    steps = [(d, s.emitted[i]) for s in llama.steps[seen:] for i, d in s.drafts.items()]
+    drafted_ends = [(d, emitted) for d, emitted in steps if EOS in d]
+    assert drafted_ends
+    for drafts, emitted in drafted_ends:
+        assert drafts.index(EOS) == len(drafts) - 1
+        assert EOS not in emitted[:-1]
+    assert relaxed.counts[2] <= MAX_RELAXED + 6
+    assert llama.counts()["tokens"] - before == len(relaxed.token_ids)
+    llama.call("owlrec_close_pools", [f"ends{place}"])
 
 
 def test_a_row_near_the_context_limit_leaves_the_others_their_drafts(llama: Decoder) -> None:

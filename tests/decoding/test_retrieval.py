@@ -29,6 +29,7 @@ def draft(
     *,
     factors: np.ndarray = ONE,
     limit: int = 8,
+    ends: tuple[int, ...] = (),
     prompt: int = 1000,
     floor: float = 0.0,
     groups: list[list[int]] | None = None,
@@ -48,6 +49,7 @@ def draft(
         np.array(groups, np.int64) if groups else np.zeros(padded.shape[:2], np.int64),
         search_set,
         factors,
+        np.array(ends, np.int32),
         depth=8,
         floor=floor,
     )
@@ -55,6 +57,13 @@ def draft(
 
 def tokens(found: Drafts, row: int = 0) -> list[int]:
     return [int(t) for t in found.tokens[row, : found.count[row]]]
+
+
+@pytest.mark.parametrize("end", range(3, 8))
+def test_a_draft_stops_at_an_end_token_wherever_it_stands(end: int) -> None:
+    search_set = SearchSet()
+    place = search_set.add_sealed(build_pool([[1, 2, 3, 4, 5, 6, 7]]))
+    assert tokens(draft(search_set, [[1, 2]], [[(SEALED, place)]], ends=(99, end))) == list(range(3, end + 1))
 
 
 def test_the_commonest_continuation_of_the_longest_match_wins() -> None:

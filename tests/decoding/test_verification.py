@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,7 +53,10 @@ def boundary(logits: list[float], token: int, rule: Relaxation) -> bool:
 
 
 def verify(
-    rows: list[tuple[list[list[float]], list[int]]], rules_: list[Relaxation | None], metadata: Any = None
+    rows: list[tuple[list[list[float]], list[int]]],
+    rules_: list[Relaxation | None],
+    metadata: Any = None,
+    ends: list[bool] | None = None,
 ) -> tuple[list[list[int]], Any]:
     """Runs the verifier on rows of (logits of each draft and of the bonus, drafts)."""
     import torch
@@ -80,6 +84,8 @@ def verify(
     )
     verifier = Verifier(Sampler(), None, torch.device("cpu"))
     verifier.rules = row_rules(rules_)
+    if ends is not None:
+        verifier.rules = replace(verifier.rules, ends=np.array(ends))
     logits = torch.tensor([x for ls, _ in rows for x in ls], dtype=torch.float32)
     output = verifier(spec, None, logits, sampling).sampled_token_ids
     return [[t for t in row if t != -1] for row in output.tolist()], verifier.verdict
@@ -103,6 +109,14 @@ def test_relaxed_rows_go_on_behind_a_likely_second_and_are_counted() -> None:
     assert texts == [[3, 4, 4], [4]]  # 2 ranks third; the strict row corrects 3 to 4
     assert list(verdict.accepted) == [2, 0]
     assert list(verdict.relaxed) == [1, 0]
+
+
+def test_a_draft_that_ends_a_text_is_accepted_by_no_relaxed_rule() -> None:
+    rule = Relaxation(k=2, min_prob=0.1)
+    rows = [([LADDER] * 3, [3, 3]), ([LADDER] * 3, [3, 3]), ([LADDER] * 2, [4])]
+    texts, verdict = verify(rows, [rule] * 3, ends=[True, False, True])
+    assert texts == [[3, 4], [3, 3, 4], [4, 4]]  # the likeliest token may end a text
+    assert list(verdict.relaxed) == [1, 2, 0]
 
 
 def test_padding_is_never_accepted() -> None:

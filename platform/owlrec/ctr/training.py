@@ -18,7 +18,7 @@ from typing import Any
 from owlrec.config import Config
 from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, TrialResult, WorkersConfig, finished_trials, grid_folder
 from owlrec.ctr.knowledge_tables import arm_sources, stored_sources
-from owlrec.ctr.trainer import Worker
+from owlrec.ctr.trainer import ALONE, Worker
 from owlrec.errors import root_mistake
 from owlrec.machine import redirect_output
 from owlrec.runner import Pool
@@ -184,7 +184,7 @@ def lone_worker(threads: int | None) -> Worker:
     import torch
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    return Worker()
+    return ALONE
 
 
 def _train_pending(loop_config: dict[str, Any]) -> None:

@@ -83,13 +83,9 @@ class ReleasedTexts(EarlierTexts):
         release = self._opened_release()
         if release is None:
             return {}
-        full = release.chain[-1]  # a delta holds few texts
         ids = np.zeros(0, np.int64)
-        with suppress(OwlRecError, OSError):  # without the ids there is no sample
-            for number in range(len(full.parts)):  # ids are spread over parts by their hash
-                ids = np.append(ids, read_part_ids(self._workspace, full, number, kind))[:SAMPLE]
-                if len(ids) == SAMPLE:
-                    break
+        with suppress(OwlRecError, OSError):  # rows then draft from the rest
+            ids = sample_ids(self._workspace, release, kind, SAMPLE)
         return self._read(kind, ids.tolist())
 
     def _read(self, kind: Kind, ids: Sequence[int]) -> dict[int, str]:
@@ -113,3 +109,14 @@ class ReleasedTexts(EarlierTexts):
             except (OwlRecError, OSError) as error:
                 _log.warning("no drafts from earlier texts: %s", error)
         return self._release
+
+
+def sample_ids(workspace: Workspace, release: Release, kind: Kind, most: int) -> np.ndarray:
+    """Ids of a kind with a text of their own, int64 [at most `most`]; reads as few parts of the release as it can."""
+    full = release.chain[-1]  # a delta holds few texts
+    ids = np.zeros(0, np.int64)
+    for number in range(len(full.parts)):  # ids are spread over parts by their hash
+        ids = np.append(ids, read_part_ids(workspace, full, number, kind))[:most]
+        if len(ids) == most:
+            break
+    return ids
