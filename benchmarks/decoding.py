@@ -1,10 +1,15 @@
-"""Decoding speed: plain vLLM, its n-gram and suffix speculation, and the retrieval decoder, strict and relaxed.
+"""Decoding speed: an engine without any decoder, vLLM's n-gram and suffix decoding, and the retrieval decoder.
 
 Each method runs in a process of its own, in turns, on the same requests: the default prompts over MovieLens-100K, in
-each framework's words, SmolLM2-135M in bf16, greedy, 200 new tokens, a batch kept full from a queue. `refresh`: users
-whose history moved on by two behaviors, drafts from all users' previous texts. `new users` and `items`: ids that the
-pool has no text of. No request occurs twice in a process, so that what a method learns on the way never answers a
-request word for word. Tokens/s count the whole of a request, its prompt included.
+each framework's words, SmolLM2-135M in bf16, greedy, a batch kept full from a queue, with the settings that vLLM's LLM
+class chooses. Suffix decoding is given the texts that ours drafts from, as finished requests, before it starts; n-gram
+reads a request's own tokens alone. Of their settings the fastest of each cell's first round goes on.
+
+`refresh`: users whose history moved on by two behaviors since their text was written; `a month old`: by 30 days, at
+least one behavior; `half known`: as refresh, but only every second user has a text. `new users` and `items`: ids
+without a text. The pool is the same for all users. No request occurs twice in a process, so that what a method learns
+on the way never answers a request word for word. Tokens/s count the whole of a request, its prompt included.
+`--ablation`: ours, strict, with one source of drafts each.
 """
 
 import argparse
@@ -15,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,54 +40,68 @@ from owlrec.sources.datasets import MovieLens100KSource
 from owlrec.sources.splits import ItemCatalog, build_samples
 from owlrec.storage import fingerprint
 from owlrec_decoding import DecodingConfig, engine_arguments, request_arguments
-from owlrec_decoding.options import LEAD_TOKENS
+from owlrec_decoding.options import LEAD_TOKENS, DraftLimits, Relaxation
 
 NEW_TOKENS = 200
-POOL_TEXTS = 192  # of users, and as many of items
-REQUESTS = {1: 5, 4: 14, 16: 32, 64: 64}  # measured requests by batch size
-WORKLOADS = ("refresh", "new users", "items")
+REQUESTS = {1: 5, 4: 14, 16: 32, 64: 96}  # measured requests by batch size: more than it, so that places are refilled
+MONTH_MS = 30 * 86_400_000
+ITEM_TEXTS = 192  # in the pool
+WORKLOADS = {  # with the batch sizes that are measured
+    "refresh": tuple(REQUESTS),
+    "new users": tuple(REQUESTS),
+    "items": tuple(REQUESTS),
+    "a month old": (4, 16),
+    "half known": (4, 16),
+}
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-100k.yaml"
-NGRAM = "n-gram"  # several settings of vLLM's own method: the fastest of each cell's first round goes on
 PLAIN = "plain vLLM"
+NGRAM, SUFFIX = "n-gram", "suffix decoding"  # with several settings
+STRICT, RELAXED = "owlrec strict", "owlrec relaxed"
+ALONE = "owlrec strict, "  # ablations: the one source of drafts follows
+
+
+def _ngram(shortest: int, longest: int, tokens: int) -> dict[str, Any]:
+    lengths = {"prompt_lookup_min": shortest, "prompt_lookup_max": longest}
+    return {"method": "ngram", "num_speculative_tokens": tokens, **lengths}
+
+
 METHODS: dict[str, dict[str, Any]] = {
     PLAIN: {},
-    f"{NGRAM} (2-4, 4)": {
-        "method": "ngram",
-        "prompt_lookup_min": 2,
-        "prompt_lookup_max": 4,
-        "num_speculative_tokens": 4,
-    },
-    f"{NGRAM} (2-5, 8)": {
-        "method": "ngram",
-        "prompt_lookup_min": 2,
-        "prompt_lookup_max": 5,
-        "num_speculative_tokens": 8,
-    },
-    f"{NGRAM} (1-3, 3)": {
-        "method": "ngram",
-        "prompt_lookup_min": 1,
-        "prompt_lookup_max": 3,
-        "num_speculative_tokens": 3,
-    },
-    "suffix decoding": {"method": "suffix"},
-    "owlrec strict": {"mode": "strict"},
-    "owlrec relaxed": {"mode": "relaxed"},
+    f"{NGRAM} (2-4, 4)": _ngram(2, 4, 4),
+    f"{NGRAM} (2-5, 8)": _ngram(2, 5, 8),
+    f"{NGRAM} (1-3, 3)": _ngram(1, 3, 3),
+    SUFFIX: {"method": "suffix"},
+    f"{SUFFIX} (factor 2)": {"method": "suffix", "suffix_decoding_max_spec_factor": 2.0},
+    f"{SUFFIX} (factor 4)": {"method": "suffix", "suffix_decoding_max_spec_factor": 4.0},
+    STRICT: {"mode": "strict"},
+    RELAXED: {"mode": "relaxed"},
+    f"{RELAXED}, any margin": {"mode": "relaxed", "margin": None},
+    f"{RELAXED}, margin 0.05": {"mode": "relaxed", "margin": 0.05},
+    f"{RELAXED}, margin 0.2": {"mode": "relaxed", "margin": 0.2},
+    f"{ALONE}own earlier text": {"mode": "strict", "source": "own"},
+    f"{ALONE}texts of its kind": {"mode": "strict", "source": "kind"},
+    f"{ALONE}just written": {"mode": "strict", "source": "live"},
+    f"{ALONE}own prompt and answer": {"mode": "strict", "source": "context"},
 }
-
-
-_NEEDED = sum(REQUESTS.values()) + 2 * len(REQUESTS)  # of each workload, warm-ups included
 
 Cell = tuple[str, str, int]  # framework, workload, batch size
 Runs = dict[tuple[str, Cell], list[dict[str, Any]]]
+
+
+def needed(workload: str) -> int:
+    """Requests of a workload, two to warm each batch size up included."""
+    return sum(REQUESTS[batch] + 2 for batch in WORKLOADS[workload])
 
 
 def main() -> None:
     """Prepares requests and pools once, runs every method, prints medians with their spread."""
     parser = options_parser(__doc__)
     parser.add_argument("--batches", type=int, nargs="+", choices=list(REQUESTS), help="batch sizes")
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS)
-    parser.add_argument("--frameworks", nargs="+", choices=list(FRAMEWORKS))
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS))
+    parser.add_argument("--frameworks", nargs="+", choices=list(FRAMEWORKS), default=["kar"])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS))
+    parser.add_argument("--ablation", action="store_true", help="plain vLLM and ours by source, on refresh")
+    parser.add_argument("--new-tokens", type=int, help=f"of an answer, usually {NEW_TOKENS}")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -90,52 +109,54 @@ def main() -> None:
         _work(json.loads(options.worker.read_text()))
         return
     quick = options.quick
-    batches = options.batches or ([4] if quick else list(REQUESTS))
-    workloads = options.workloads or (["refresh"] if quick else list(WORKLOADS))
-    frameworks = options.frameworks or (["kar"] if quick else list(FRAMEWORKS))
+    tokens = options.new_tokens or (NEW_TOKENS // 2 if quick else NEW_TOKENS)
+    batches = options.batches or ([4] if quick else [4, 16] if options.ablation else list(REQUESTS))
+    workloads = options.workloads or (["refresh"] if quick or options.ablation else list(WORKLOADS))
     rounds = options.rounds or (1 if quick else 3)
-    methods = options.methods or ([PLAIN, *list(METHODS)[-2:]] if quick else list(METHODS))
-    if not importlib.util.find_spec("arctic_inference") and "suffix decoding" in methods:
-        methods.remove("suffix decoding")
+    usual = [PLAIN, STRICT, RELAXED] if quick else [m for m in METHODS if not m.startswith((ALONE, f"{RELAXED}, "))]
+    methods = options.methods or ([PLAIN, *list(METHODS)[-5:]] if options.ablation else usual)
+    if not importlib.util.find_spec("arctic_inference") and any(m.startswith(SUFFIX) for m in methods):
+        methods = [m for m in methods if not m.startswith(SUFFIX)]
         print("skipped: suffix decoding (arctic-inference is not installed)")
-    cells = list(itertools.product(frameworks, workloads, batches))
+    every = itertools.product(options.frameworks, workloads, batches)
+    cells = [cell for cell in every if cell[2] in WORKLOADS[cell[1]]]
     runs: Runs = {}
     with tempfile.TemporaryDirectory() as folder:
-        job = prepare(Path(folder), frameworks, quick=quick)
+        job = prepare(Path(folder), options.frameworks, new_tokens=tokens)
         for round_, method in itertools.product(range(rounds), methods):
-            mine = [c for c in cells if round_ == 0 or method in (_best_ngram(runs, c), *_others(methods))]
+            mine = [c for c in cells if round_ == 0 or method == _best_setting(runs, c, method)]
             for run in in_process(Path(folder), {**job, "method": method, "cells": mine}) if mine else ():
                 runs.setdefault((method, tuple(run["cell"])), []).append(run)
             print(f"round {round_ + 1} of {rounds}: {method} done", file=sys.stderr, flush=True)
     figures = [f for c in cells for f in _figures(runs, c, methods)]
-    show(f"{_new_tokens(quick)} new tokens, median of {rounds} rounds", figures, options)
+    show(f"{tokens} new tokens, median of {rounds} rounds", figures, options)
 
 
-def _others(methods: list[str]) -> list[str]:
-    return [m for m in methods if not m.startswith(NGRAM)]
-
-
-def _best_ngram(runs: Runs, cell: Cell) -> str | None:
-    """The n-gram setting that was fastest in the first round of a cell."""
-    first = {m: rounds[0]["speed"] for (m, c), rounds in runs.items() if c == cell and m.startswith(NGRAM)}
-    return max(first, key=first.__getitem__) if first else None
+def _best_setting(runs: Runs, cell: Cell, method: str) -> str:
+    """Of the settings of a peer, the one that was fastest in the first round of a cell; ours has none."""
+    peer = next((peer for peer in (NGRAM, SUFFIX) if method.startswith(peer)), None)
+    if peer is None:
+        return method
+    first = {m: rounds[0]["speed"] for (m, c), rounds in runs.items() if c == cell and m.startswith(peer)}
+    return max(first, key=first.__getitem__)
 
 
 def _figures(runs: Runs, cell: Cell, methods: list[str]) -> Iterator[Figure]:
     measure = f"{cell[0]}, {cell[1]}, batch {cell[2]}"
     plain = runs.get((PLAIN, cell))
     base = float(np.median([r["speed"] for r in plain])) if plain else None
-    for method in [m for m in methods if not m.startswith(NGRAM) or m == _best_ngram(runs, cell)]:
+    for method in [m for m in methods if m == _best_setting(runs, cell, m)]:
         rounds = runs[method, cell]
         speeds = [r["speed"] for r in rounds]
         speed, last = float(np.median(speeds)), rounds[-1]
-        name = f"{method}, best of {sum(m.startswith(NGRAM) for m in methods)}" if method.startswith(NGRAM) else method
-        spread = (max(speeds) - min(speeds)) / 2 / speed * 100
+        settings = sum(m.startswith(peer) for peer in (NGRAM, SUFFIX) if method.startswith(peer) for m in methods)
+        name = f"{method}, best of {settings}" if settings else method
+        spread = f" (±{(max(speeds) - min(speeds)) / 2 / speed * 100:.0f} %)" if len(speeds) > 1 else ""
         yield Figure(
             measure=measure,
             method=name,
             value=round(speed, 1),
-            unit=f"tokens/s (±{spread:.0f} %)",
+            unit=f"tokens/s{spread}",
             ratio_to="plain",
             ratio=speed / base if base else None,
         )
@@ -146,46 +167,67 @@ def _figures(runs: Runs, cell: Cell, methods: list[str]) -> Iterator[Figure]:
             yield Figure(measure=measure, method=name, value=round(last["relaxed"], 3), unit="relaxed a token")
 
 
-def _new_tokens(quick: bool) -> int:
-    return NEW_TOKENS // 2 if quick else NEW_TOKENS
-
-
 def prepare(
-    folder: Path, frameworks: Sequence[FrameworkName], *, quick: bool, requests: int = _NEEDED
+    folder: Path, frameworks: Sequence[FrameworkName], *, new_tokens: int = NEW_TOKENS, refreshed: int | None = None
 ) -> dict[str, Any]:
-    """Prompts of every workload, `requests` each, and the texts of the pools: written by plain vLLM, once a machine."""
+    """Prompts of every workload and the texts of the pools, which plain vLLM writes, once per machine.
+
+    refreshed: requests of `refresh`, None = as many as are measured.
+    """
     recipe = load_recipe(RECIPE)
     raw = MovieLens100KSource(type="movielens-100k").load()
-    histories = build_samples(raw.interactions, recipe.split, RATED).histories
+    now = recipe.split.model_copy(update={"cuts": ("now",)})
+    histories = build_samples(raw.interactions, now, RATED).histories
+    times = dict(zip(_pairs(raw.interactions), raw.interactions["timestamp"].to_pylist(), strict=True))
     catalog, tokenizer = ItemCatalog(raw.items), load_tokenizer(PACKAGED)
-    n_pool = 24 if quick else POOL_TEXTS
+    sizes = {workload: needed(workload) for workload in WORKLOADS} | ({"refresh": refreshed} if refreshed else {})
     rows = [r for r in histories.to_pylist() if len(r["items"]) >= 8]
-    before = [{**r, "items": r["items"][:-2], "ratings": r["ratings"][:-2]} for r in rows[:n_pool]]
-    job: dict[str, Any] = {"quick": quick, "requests": {}, "pool_texts": {}}
+    month = {r["user_id"]: n for r in rows if 4 <= (n := _month_before(r, times)) < len(r["items"])}
+    users, left = {"a month old": [r for r in rows if r["user_id"] in month][: sizes["a month old"]]}, 0
+    rows = [r for r in rows if r not in users["a month old"]]
+    for workload in ("refresh", "half known", "new users"):
+        users[workload] = rows[left : left + sizes[workload]]
+        left += sizes[workload]
+    earlier = [
+        *(_first_behaviors(r, len(r["items"]) - 2) for r in (*users["refresh"], *users["half known"][::2])),
+        *(_first_behaviors(r, month[r["user_id"]]) for r in users["a month old"]),
+    ]
+    job: dict[str, Any] = {"new_tokens": new_tokens, "requests": {}, "pool_texts": {}}
     for name in frameworks:
         config = PromptConfig(framework=name)
 
-        def users(part: list[dict[str, Any]], config: PromptConfig = config) -> list[tuple[int, str, str]]:
+        def prompts(part: list[dict[str, Any]], config: PromptConfig = config) -> list[tuple[int, str, str]]:
             shard = pa.Table.from_pylist(part, schema=histories.schema)
             count = lambda text: len(tokenizer.encode(text, add_special_tokens=False))  # noqa: E731
-            prompts = user_prompts(raw.users, shard, catalog, config, recipe.domain, count)
-            return [(p.id, p.system, p.text) for p in prompts]
+            made = user_prompts(raw.users, shard, catalog, config, recipe.domain, count)
+            return [(p.id, p.system, p.text) for p in made]
 
         every = [(p.id, p.system, p.text) for p in item_prompts(raw.items, recipe.domain, name)]
         items = [every[i] for i in np.random.default_rng(0).permutation(len(every))]
-        job["requests"][name] = {
-            "refresh": users(rows[:requests]),
-            "new users": users(rows[n_pool : n_pool + requests]),
-            "items": items[n_pool : n_pool + requests],
-        }
-        pooled = {"users": users(before), "items": items[:n_pool]}
-        digest = fingerprint(pooled, model_identity(PACKAGED), NEW_TOKENS)[:16]
+        job["requests"][name] = {workload: prompts(users[workload]) for workload in users}
+        job["requests"][name]["items"] = items[ITEM_TEXTS : ITEM_TEXTS + sizes["items"]]
+        pooled = {"users": prompts(earlier), "items": items[:ITEM_TEXTS]}
+        digest = fingerprint(pooled, model_identity(PACKAGED), new_tokens)[:16]
         texts = cache_folder("benchmarks") / f"decoding-{digest}.json"
         if not texts.exists():
             print(f"writing the {name} texts of the pools with plain vLLM, once", file=sys.stderr, flush=True)
             texts.write_text(json.dumps(list(in_process(folder, {**job, "method": PLAIN, "write": pooled}))))
         job["pool_texts"][name] = str(texts)
     return job
+
+
+def _pairs(interactions: pa.Table) -> Iterator[tuple[int, int]]:
+    return zip(interactions["user_id"].to_pylist(), interactions["item_id"].to_pylist(), strict=True)
+
+
+def _month_before(row: dict[str, Any], times: Mapping[tuple[int, int], int]) -> int:
+    """Behaviors of a user that are at least a month older than the last one."""
+    moments = [times[row["user_id"], item] for item in row["items"]]
+    return sum(moment <= moments[-1] - MONTH_MS for moment in moments)
+
+
+def _first_behaviors(row: dict[str, Any], n: int) -> dict[str, Any]:
+    return {**row, "items": row["items"][:n], "ratings": row["ratings"][:n]}
 
 
 def in_process(folder: Path, job: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -218,20 +260,22 @@ def _work(job: dict[str, Any]) -> None:
         queue = queues.setdefault((framework, workload), iter(job["requests"][framework][workload]))
         pool = f"{framework}-{'items' if workload == 'items' else 'users'}"
         engine.run(pool, list(itertools.islice(queue, 2)), batch)
-        n = batch if job["quick"] else REQUESTS[batch]
-        figures = engine.run(pool, list(itertools.islice(queue, n)), batch)
+        figures = engine.run(pool, list(itertools.islice(queue, REQUESTS[batch])), batch)
         print(json.dumps({"cell": (framework, workload, batch), **figures}))
 
 
 class _Engine:
     def __init__(self, method: dict[str, Any], job: dict[str, Any]) -> None:
         from vllm import EngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        self.ours, extra = "mode" in method, {}
-        self.new_tokens = _new_tokens(job["quick"])
+        self.ours, self.source, extra = "mode" in method, method.get("source"), {}
+        self.rule = Relaxation(margin=method["margin"]) if "margin" in method else None
+        self.new_tokens = job["new_tokens"]
         if self.ours:
-            extra = engine_arguments(DecodingConfig(mode=method["mode"]))
+            limits = DraftLimits() if self.source in (None, "live") else DraftLimits(live_tokens=0)
+            extra = engine_arguments(DecodingConfig(mode=method["mode"]), limits=limits)
         elif method:
             extra = {"speculative_config": method}
         if method:
@@ -246,11 +290,14 @@ class _Engine:
                 block_size=32,
                 disable_log_stats=True,
                 **extra,
-            )
+            ),
+            usage_context=UsageContext.LLM_CLASS,
         )
         self.tokenizer = self.engine.get_tokenizer()
         if self.ours:
             self._open_pools(job)
+        elif method.get("method") == "suffix":
+            self._fill_suffix_tree(job)
 
     def run(self, pool: str, requests: list[Any], batch: int) -> dict[str, Any]:
         """Runs the requests, `batch` of them at a time, with drafts from `pool`."""
@@ -312,20 +359,41 @@ class _Engine:
             max_tokens=new_tokens or self.new_tokens,
             temperature=0.0,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args=request_arguments([pool], id_) if self.ours else None,
+            extra_args=self._drafting(pool, id_) if self.ours else None,
             **params,
         )
         self.engine.add_request(str(id_), {"prompt_token_ids": [*ids, *answer]}, sampling)
 
+    def _drafting(self, pool: str, id_: int) -> dict[str, Any]:
+        known = self.source in (None, "own", "kind")
+        document = None if self.source == "kind" else id_
+        return request_arguments([pool] if known else [], document, relaxation=self.rule)
+
     def _open_pools(self, job: dict[str, Any]) -> None:
         from owlrec_decoding.index import build_pool
 
-        for framework, file in job["pool_texts"].items():
-            texts = json.loads(Path(file).read_text())
-            for kind in ("users", "items"):
-                mine = [t for t in texts if t["pool"] == kind]
-                pool = build_pool([t["tokens"] for t in mine], [t["id"] for t in mine])
-                self.engine.collective_rpc("owlrec_open_pools", args=({f"{framework}-{kind}": pool.to_bytes()},))
+        for name, texts in _pool_texts(job):
+            pool = build_pool([t["tokens"] for t in texts], [t["id"] for t in texts], searchable=self.source != "own")
+            self.engine.collective_rpc("owlrec_open_pools", args=({name: pool.to_bytes()},))
+
+    def _fill_suffix_tree(self, job: dict[str, Any]) -> None:
+        """Gives suffix decoding what ours drafts from, as requests that have finished."""
+        worker = self.engine.model_executor.driver_worker.worker  # the engine runs in this process
+        cache = worker.model_runner.drafter.suffix_cache
+        for name, texts in _pool_texts(job):
+            for text in texts:
+                key, tokens = f"{name}-{text['id']}", np.array(text["tokens"], np.int32)
+                cache.start_request(key, tokens[:LEAD_TOKENS])
+                cache.add_active_response(key, tokens.tolist())
+                cache.stop_request(key)
+
+
+def _pool_texts(job: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Name and texts of each pool."""
+    for framework, file in job["pool_texts"].items():
+        texts = json.loads(Path(file).read_text())
+        for kind in ("users", "items"):
+            yield f"{framework}-{kind}", [text for text in texts if text["pool"] == kind]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.decoding import LEAD_TOKENS, PLAIN, in_process, prepare
+from benchmarks.decoding import LEAD_TOKENS, NEW_TOKENS, PLAIN, in_process, prepare
 from benchmarks.table import Figure, options_parser, show
 
 ROWS = 4
@@ -25,7 +25,8 @@ def main() -> None:
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        job = prepare(folder, ["kar"], quick=options.quick, requests=16 if options.quick else options.texts)
+        tokens, texts = (NEW_TOKENS // 2, 16) if options.quick else (NEW_TOKENS, options.texts)
+        job = prepare(folder, ["kar"], new_tokens=tokens, refreshed=texts)
         requests = job["requests"]["kar"]["refresh"]
         for dtype in ("float32",) if options.quick else ("float32", "bfloat16"):
             figures += _compare(folder, {**job, "dtype": dtype, "rows": ROWS}, requests)

@@ -13,6 +13,8 @@ from functools import lru_cache
 import numpy as np
 from pydantic import BaseModel
 
+from owlrec_decoding.index import compiled
+
 # ------------------------------------------------------------------------------------------------------------- counters
 # Counters of the decoder, in a form that crosses processes and can be summed over engines.
 #
@@ -237,16 +239,33 @@ def allocate(chance: np.ndarray, count: np.ndarray, seconds: np.ndarray, *, at_l
     Within a row chances never rise, so that taking the likeliest tokens of all rows takes prefixes; for each number of
     tokens that is the best choice, and the best number is found by trying all.
     """
-    rows, depth = chance.shape
-    live = np.arange(depth) < count[:, None]
-    row, flat = np.nonzero(live)[0], np.minimum.accumulate(chance, axis=1)[live]
-    order = np.argsort(-flat)[: len(seconds) - 1]
-    speed = (rows + np.concatenate([[0.0], np.cumsum(flat[order])])) / seconds[: len(order) + 1]
+    shares = np.zeros(len(chance), np.int64)
+    _allocate(chance, count, seconds, at_least, shares)
+    return shares
+
+
+@compiled
+def _allocate(chance: np.ndarray, count: np.ndarray, seconds: np.ndarray, at_least: int, shares: np.ndarray) -> None:
+    rows = len(chance)
+    flat, row, n = np.empty(count.sum()), np.empty(count.sum(), np.int64), 0
+    for i in range(rows):
+        lowest = np.inf
+        for j in range(count[i]):
+            lowest = min(lowest, chance[i, j])
+            flat[n], row[n] = -lowest, i
+            n += 1
+    order = np.argsort(flat)[: len(seconds) - 1]
     first = min(at_least, len(order))
-    best = first + int(np.argmax(speed[first:]))
-    if at_least == 0 and speed[best] <= _WORTH * speed[0]:
+    expected, best, speed = float(rows), 0, rows / seconds[0] if first == 0 else -1.0
+    plain = rows / seconds[0]
+    for taken in range(1, len(order) + 1):
+        expected -= flat[order[taken - 1]]
+        if taken >= first and expected / seconds[taken] > speed:
+            best, speed = taken, expected / seconds[taken]
+    if at_least == 0 and speed <= _WORTH * plain:
         best = 0
-    return np.bincount(row[order[:best]], minlength=rows)
+    for taken in range(best):
+        shares[row[order[taken]]] += 1
 
 
 class Controller:
@@ -268,6 +287,7 @@ class Controller:
         self.max_drafts = max_step_tokens if max_drafts is None else max_drafts
         self.yardstick: Counter[str] = Counter()
         self._step, self._paused = 0, False
+        self._outlook: tuple[int, int, np.ndarray, np.ndarray] | None = None  # of a step and rows, see `_forecast`
         self._recent: Counter[str] = Counter()  # the yardstick's counts since the last stretch ended
         self._context = 0.0  # tokens that a row's attention reads
         self._mixed, self._prefill = 0.0, 0.0  # share of steps that read prompts, and how many tokens those read
@@ -297,22 +317,22 @@ class Controller:
     def floor(self, rows: int) -> float:
         """The chance below which no token can pay in a step of so many rows: what one costs, where it costs least, at
         plain speed, which drafts only raise."""
-        drafts = min(self.max_draft * rows, self._room(rows))
-        if self._explores or not drafts:
+        drafts, seconds = self._forecast(rows)
+        if self._explores or len(drafts) == 1:
             return 0.01
-        steps = _spread(drafts)
-        seconds = self._seconds(rows, steps)
-        slopes = np.diff(seconds) / np.diff(steps) if len(steps) > 1 else np.zeros(1)
-        return float(np.clip(_PRICE_SHARE * slopes.min() * rows / seconds[0], 0.01, 1.0))
+        slope = float(((seconds[1:] - seconds[:-1]) / (drafts[1:] - drafts[:-1])).min())
+        return min(max(_PRICE_SHARE * slope * rows / float(seconds[0]), 0.01), 1.0)
 
     def worth_searching(self, rows: int) -> bool:
         """Whether drafts would pay off if surely accepted; if not, the search is skipped except for an occasional
         try."""
         if self._plain:
             return False
-        drafts = _spread(min(self.max_draft * rows, self._room(rows)))
-        speed = (rows + drafts) / self._seconds(rows, drafts)
-        return len(drafts) > 1 and bool(self._explores or speed.max() > _WORTH * speed[0])
+        drafts, seconds = self._forecast(rows)
+        if len(drafts) == 1 or self._explores:
+            return len(drafts) > 1
+        speed = (rows + drafts) / seconds
+        return bool(speed.max() > _WORTH * speed[0])
 
     def allocate(self, chance: np.ndarray, count: np.ndarray) -> np.ndarray:
         """How many of its drafted tokens each row may propose, int64 [rows]; see the function of that name."""
@@ -327,6 +347,13 @@ class Controller:
         elif explores == "more":
             at_least = min(room, int((_GROWTH - 1) * (rows + self._drafts) + self._drafts) + 1)
         return allocate(chance, count, self._seconds(rows, np.arange(room + 1)), at_least=at_least)
+
+    def _forecast(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of drafts of this step, from none to the most, and the expected seconds of each."""
+        if self._outlook is None or self._outlook[:2] != (self._step, rows):
+            drafts = _spread(min(self.max_draft * rows, self._room(rows)))
+            self._outlook = (self._step, rows, drafts, self._seconds(rows, drafts))
+        return self._outlook[2:]
 
     def _room(self, rows: int) -> int:
         tokens = min(self.max_step_tokens, int(_GROWTH * max(self.times.largest, rows)) + 1)

@@ -15,7 +15,7 @@ from vllm.distributed import get_tp_group
 from vllm.v1.sample import rejection_sampler
 
 from owlrec_decoding import options
-from owlrec_decoding.controller import Controller, DecoderCounters, StepSums, StepTimes, band_of_rows
+from owlrec_decoding.controller import Controller, DecoderCounters, StepSums, StepTimes, allocate, band_of_rows
 from owlrec_decoding.index import (
     CONTEXT,
     LIVE,
@@ -26,6 +26,7 @@ from owlrec_decoding.index import (
     SealedPool,
     SearchSet,
     build_pool,
+    compiled,
 )
 from owlrec_decoding.options import DEFAULT_POOL, VLLM_VERSION, DecodingConfig, DraftLimits, Relaxation, VllmError
 from owlrec_decoding.pools import CELLS, AcceptanceRates, Drafts, Pools, build_pools, draft_rows, read_texts
@@ -147,6 +148,14 @@ class RetrievalProposer:
             texts, tokenizer = read_texts(self._texts), cached_tokenizer_from_config(self._model_config)
             for name, pool in build_pools(texts, tokenizer).items():
                 self.pools.open(name, pool)
+        self._compile()
+
+    def bind(self, runner: Any, verifier: Any, controller: Controller) -> None:
+        """Connects the runner's requests, the verifier's verdicts, and the controller built from measured
+        step times."""
+        self._runner, self._verifier, self.controller = runner, verifier, controller
+
+    def _compile(self) -> None:
         search_set, live = SearchSet(), LivePool(1 << 10)
         live.insert([1, 2, 3, 1, 2])
         texts_ = [(SEALED, search_set.add_sealed(build_pool([[1, 2, 3, 1, 2]])))]
@@ -155,7 +164,7 @@ class RetrievalProposer:
             (TEXT, search_set.add_text(np.array([1, 2, 3], np.int32))),
             (CONTEXT, 0),
         ]
-        draft_rows(
+        drafts = draft_rows(
             np.ones((1, 4), np.int32),
             np.zeros(1, np.int64),
             np.full(1, 4),
@@ -169,19 +178,17 @@ class RetrievalProposer:
             floor=0.5,
         )
         search_set.renew_live(texts_[1][1], live)
-        self.rates.observe(*(np.zeros((0, 1), kind) for kind in (np.int64, np.float64)), *[np.zeros(0, np.int64)] * 2)
-
-    def bind(self, runner: Any, verifier: Any, controller: Controller) -> None:
-        """Connects the runner's requests, the verifier's verdicts, and the controller built from measured
-        step times."""
-        self._runner, self._verifier, self.controller = runner, verifier, controller
+        self._keep(np.zeros(0, np.int64), np.zeros(0, np.int64), drafts)
+        self._judge(*[np.zeros(0, np.int64)] * 4)
+        allocate(drafts.chance, drafts.count, np.ones(1))
 
     def begin_step(self, scheduled: Mapping[str, int]) -> None:
         """Before a step's forward pass. scheduled: drafts that it verifies, by request."""
         self._scheduled, self._rows, self._verifier.rules = None, None, None
         if scheduled:
             rows, known = self.rows(), self.requests
-            self._scheduled = np.array([scheduled.get(i, 0) for i in self._runner.input_batch.req_ids], np.int64)
+            ids = self._runner.input_batch.req_ids
+            self._scheduled = np.array([scheduled.get(i, 0) for i in ids], np.int64)
             k = np.where(known.relaxed[rows] < MAX_RELAXED, known.k[rows], 1)
             ends = known.ends[rows] & (self._scheduled == known.proposed[rows])
             self._verifier.rules = RowRules(k, known.min_prob[rows], known.margin[rows], ends)
@@ -189,9 +196,11 @@ class RetrievalProposer:
     def rows(self) -> np.ndarray:
         """The slot of each row of this step, int64 [rows]."""
         if self._rows is None:
-            slots = self.requests.slots
             ids = self._runner.input_batch.req_ids
-            self._rows = np.array([slots[i] if i in slots else self._add(i) for i in ids], np.int64)
+            slots = list(map(self.requests.slots.get, ids))
+            if None in slots:
+                slots = [self._add(i) if slot is None else slot for i, slot in zip(ids, slots, strict=True)]
+            self._rows = np.array(slots, np.int64)
         return self._rows
 
     def propose(
@@ -210,7 +219,7 @@ class RetrievalProposer:
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         if self._runner is None or self.controller is None:
             return drafts
-        emitted = np.array([len(tokens) for tokens in sampled_token_ids], np.int64)
+        emitted = np.array(list(map(len, sampled_token_ids)), np.int64)
         ended = self._settle(emitted)
         rows = np.flatnonzero(emitted)
         self.counts["steps"] += 1
@@ -241,20 +250,21 @@ class RetrievalProposer:
         scheduled = self._scheduled
         if scheduled is None:
             return 0
-        known, slots = self.requests, self.rows()
-        # Without drafts, or padded with -1 by vLLM on admission: nothing of ours.
-        judged = np.flatnonzero((scheduled > 0) & (known.proposed[slots] > 0) & (emitted > 0))
-        slot, drafted, accepted = slots[judged], scheduled[judged], emitted[judged] - 1
-        relaxed = self._verifier.verdict.relaxed[judged]
-        known.drafted[slot] += drafted
-        known.accepted[slot] += accepted
-        known.relaxed[slot] += relaxed
-        self.counts.update(drafted=int(drafted.sum()), accepted=int(accepted.sum()), relaxed=int(relaxed.sum()))
-        seen = np.minimum(np.minimum(accepted + 1, drafted), known.proposed[slot])
-        self.rates.observe(known.cells[slot], known.expected[slot], seen, accepted)
-        ended = known.ends[slot] & (accepted == known.proposed[slot])
-        known.proposed[slots] = 0
-        return int(ended.sum())
+        drafted, accepted, relaxed, ended = self._judge(self.rows(), scheduled, emitted, self._verifier.verdict.relaxed)
+        self.counts["drafted"] += drafted
+        self.counts["accepted"] += accepted
+        self.counts["relaxed"] += relaxed
+        return ended
+
+    def _judge(
+        self, slots: np.ndarray, scheduled: np.ndarray, emitted: np.ndarray, relaxed: np.ndarray
+    ) -> tuple[int, int, int, int]:
+        """Takes in the verdict on a step's rows; returns tokens drafted, accepted and relaxed, and ended texts."""
+        known, sums = self.requests, np.zeros(4, np.int64)
+        state = (known.proposed, known.drafted, known.accepted, known.relaxed, known.ends, known.cells, known.expected)
+        self.rates.observe(*_judge(slots, scheduled, emitted, relaxed, *state, sums))
+        drafted, accepted, loosely, ended = sums.tolist()
+        return drafted, accepted, loosely, ended
 
     def _add(self, request_id: str) -> int:
         params = self._runner.requests[request_id].sampling_params
@@ -330,23 +340,105 @@ class RetrievalProposer:
 
     def _propose(self, rows: np.ndarray, proposals: Drafts, drafts: list[list[int]]) -> None:
         assert self.controller is not None
-        known, slots = self.requests, self.rows()
+        slots = self.rows()
         shares = self.controller.allocate(proposals.chance, proposals.count)
-        offered = np.flatnonzero(shares)
-        tokens, share = proposals.tokens[offered].tolist(), shares[offered].tolist()
-        for row, of_row, n in zip(rows[offered].tolist(), tokens, share, strict=True):
-            drafts[row] = of_row[:n]
-        slot = slots[rows[offered]]
-        last = proposals.tokens[offered, shares[offered] - 1]
-        known.ends[slot] = False
-        for at in np.flatnonzero(np.isin(last, self._ends)):
-            request = known.about[int(slot[at])]
+        longest = int(shares.max(initial=0))
+        if not longest:
+            return
+        tokens = proposals.tokens[:, :longest].tolist()
+        for row, of_row, n in zip(rows.tolist(), tokens, shares.tolist(), strict=True):
+            if n:
+                drafts[row] = of_row[:n]
+        self._keep(slots[rows], shares, proposals)
+
+    def _keep(self, slots: np.ndarray, shares: np.ndarray, proposals: Drafts) -> None:
+        """Keeps what rows propose, until their verdict."""
+        known, hits = self.requests, np.zeros(len(CLASSES), np.int64)
+        found = (proposals.tokens, proposals.cell, proposals.expected)
+        state = (known.proposed, known.cells, known.expected, known.ends)
+        for row in _record(slots, shares, *found, self._ends, *state, hits):  # perhaps an end, of another request
+            request = known.about[int(slots[row])]
             assert request is not None
-            known.ends[slot[at]] = int(last[at]) in request.ends
-        known.proposed[slot] = shares[offered]
-        known.cells[slot], known.expected[slot] = proposals.cell[offered], proposals.expected[offered]
-        hits = np.bincount(proposals.cell[offered, 0] // CELLS % len(CLASSES), minlength=len(CLASSES))
-        self.counts.update({f"hits_{of}": int(n) for of, n in zip(CLASSES, hits, strict=True) if n})
+            known.ends[slots[row]] = int(proposals.tokens[row, shares[row] - 1]) in request.ends
+        for of, n in zip(CLASSES, hits.tolist(), strict=True):
+            if n:
+                self.counts[f"hits_{of}"] += n
+
+
+@compiled
+def _judge(
+    slots: np.ndarray,
+    scheduled: np.ndarray,
+    emitted: np.ndarray,
+    relaxed: np.ndarray,
+    proposed: np.ndarray,
+    drafted: np.ndarray,
+    accepted: np.ndarray,
+    loosely: np.ndarray,
+    ends: np.ndarray,
+    cells: np.ndarray,
+    expected: np.ndarray,
+    sums: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Counts the verdict on each row with drafts, in `Requests`' arrays and in sums: int64 [4] of drafted, accepted and
+    relaxed tokens and of ended texts. Returns what AcceptanceRates.observe reads: cells and expected chances, tokens
+    seen and accepted.
+
+    A row without drafts, or padded with -1 by vLLM on admission, has nothing of ours.
+    """
+    rows, n = np.empty(len(slots), np.int64), 0
+    for row in range(len(slots)):
+        if scheduled[row] > 0 and proposed[slots[row]] > 0 and emitted[row] > 0:
+            rows[n] = row
+            n += 1
+    seen, right = np.empty(n, np.int64), np.empty(n, np.int64)
+    of_cells, hoped = np.empty((n, cells.shape[1]), np.int64), np.empty((n, cells.shape[1]))
+    for i in range(n):
+        row = rows[i]
+        slot = slots[row]
+        right[i] = emitted[row] - 1
+        seen[i] = min(right[i] + 1, scheduled[row], proposed[slot])
+        of_cells[i], hoped[i] = cells[slot], expected[slot]
+        drafted[slot] += scheduled[row]
+        accepted[slot] += right[i]
+        loosely[slot] += relaxed[row]
+        sums[0] += scheduled[row]
+        sums[1] += right[i]
+        sums[2] += relaxed[row]
+        sums[3] += ends[slot] and right[i] == proposed[slot]
+    proposed[slots] = 0
+    return of_cells, hoped, seen, right
+
+
+@compiled
+def _record(
+    slots: np.ndarray,
+    shares: np.ndarray,
+    tokens: np.ndarray,
+    found_cells: np.ndarray,
+    found_expected: np.ndarray,
+    ends: np.ndarray,
+    proposed: np.ndarray,
+    cells: np.ndarray,
+    expected: np.ndarray,
+    ended: np.ndarray,
+    hits: np.ndarray,
+) -> np.ndarray:
+    """Keeps what each row proposes, in `Requests`' arrays; counts in hits, int64 [classes], who proposed the first
+    token. Returns the rows whose draft is at one of `ends`."""
+    at_ends, n = np.empty(len(slots), np.int64), 0
+    for row in range(len(slots)):
+        if shares[row] > 0:
+            slot = slots[row]
+            proposed[slot], ended[slot] = shares[row], False
+            cells[slot], expected[slot] = found_cells[row], found_expected[row]
+            hits[found_cells[row, 0] // CELLS % len(hits)] += 1
+            for end in ends:
+                if tokens[row, shares[row] - 1] == end:
+                    at_ends[n] = row
+                    n += 1
+                    break
+    return at_ends[:n]
 
 
 def _as_list(value: Any) -> list[Any]:

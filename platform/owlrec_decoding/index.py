@@ -3,7 +3,7 @@ compiled by numba.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numba  # type: ignore[import-untyped]
 import numpy as np
@@ -61,10 +61,13 @@ def typed_list(arrays: list[Any]) -> Any:
 # from all shorter contexts by absolute discounting (interpolated Kneser-Ney with raw counts; PPM does the same), so
 # a draft reads one node per token. Keys are compared up to `DEPTH` tokens, which limits building to five sorts: a
 # match of 32 tokens is as good as a longer one. At most 34 bytes per token, 26 for texts: 4 for the text, 4 for the
-# order, 4 for ranks, 8 per leaf, 16 per inner node.
+# order, 4 for ranks, 8 per leaf, 16 per inner node. Searched, it takes as much again: what a step reads together stands
+# together then (see WalkedPool), since waiting for memory is most of a search.
 
 
 DEPTH = 32
+KEYED = 3  # tokens of a search key
+_TOKEN_BITS = 21  # of each
 NAMELESS = -1  # the id of a document without lookups by id
 BORDER = -1  # between documents, so no match crosses from one to the next
 # Arrays of a sealed pool, with type and trailing shape.
@@ -114,6 +117,24 @@ class SealedPool:
         start, end = self.documents[at, 1:]
         return self.tokens[start:end]
 
+    def walked(self) -> "WalkedPool":
+        """The tree as a search reads it."""
+        m, tokens, order = len(self.order), self.tokens, self.order
+        leaves, nodes = np.zeros(m, LEAF), np.zeros(len(self.nodes) if m else 0, NODE)
+        keys = np.zeros(m, np.int64)
+        if not m:
+            return WalkedPool(tokens, order, keys, leaves, nodes)
+        followers = self.nodes[:, 2]
+        leaves["node"], leaves["token"], leaves["after"] = self.leaf, tokens[order], self.rank[order + 1]
+        nodes["depth"], nodes["above"] = self.nodes[:, 0], self.nodes[:, 1]
+        nodes["token"], nodes["after"] = tokens[followers], self.rank[followers + 1]
+        leaves["chance"], nodes["chance"] = self.chance[:m], self.chance[m:]
+        inside = np.ones(m, bool)  # the text before the position has begun
+        for i in range(1, KEYED + 1):
+            inside &= (order >= i) & (tokens[order - i] != BORDER)
+            keys = keys << _TOKEN_BITS | np.where(inside, tokens[order - i] + 1, 0)
+        return WalkedPool(tokens, order, keys, leaves, nodes)
+
     def to_bytes(self) -> list[bytes]:
         """Its arrays, for another process."""
         return [np.ascontiguousarray(getattr(self, name)).tobytes() for name in _ARRAYS]
@@ -125,6 +146,26 @@ class SealedPool:
         return cls(*(np.frombuffer(data, kind).reshape(-1, *shape).copy() for data, (kind, shape) in shaped))
 
 
+LEAF = np.dtype([("node", np.int32), ("token", np.int32), ("after", np.int32), ("chance", np.float32)])
+NODE = np.dtype([("depth", np.int32), ("above", np.int32), *LEAF.descr[1:]])
+
+
+class WalkedPool(NamedTuple):
+    """A sealed pool's tree as a search reads it.
+
+    tokens, order: of the pool. keys: int64 [m], the last KEYED tokens before each leaf's position, whose order is that
+    of the leaves. leaves: LEAF [m], the node above, the token at the position, the leaf of the context that this token
+    ends (-1 at the end of a text) and the token's chance. nodes: NODE [k], see SealedPool, and the same of the
+    likeliest follower.
+    """
+
+    tokens: np.ndarray
+    order: np.ndarray
+    keys: np.ndarray
+    leaves: np.ndarray
+    nodes: np.ndarray
+
+
 def build_pool(
     sequences: Sequence[Sequence[int] | np.ndarray], ids: Sequence[int] | None = None, *, searchable: bool = True
 ) -> SealedPool:
@@ -132,7 +173,7 @@ def build_pool(
 
     ids: one per sequence (user or item ids), for `SealedPool.document`; None if all are NAMELESS. searchable: otherwise
     there is no tree, and only documents can be looked up by id.
-    Raises ValueError for a negative token id, duplicate ids, or more than 2^31 tokens.
+    Raises ValueError for a token id below 0 or from 2^21 - 1 on, duplicate ids, or more than 2^31 tokens.
     """
     parts = [np.asarray(s, dtype=np.int32) for s in sequences]
     lengths = np.array([len(p) for p in parts], dtype=np.int64)
@@ -142,8 +183,11 @@ def build_pool(
         raise ValueError(f"a sealed pool holds at most {_MAX_TOKENS} tokens, not {n}: leave some out")
     tokens = np.full(n, BORDER, dtype=np.int32)
     for part, end in zip(parts, ends, strict=True):
-        if len(part) and part.min() < 0:
-            raise ValueError(f"token ids must not be negative, but a sequence has {part.min()}")
+        if len(part) and not 0 <= part.min() <= part.max() < (1 << _TOKEN_BITS) - 1:
+            raise ValueError(
+                f"token ids must not be negative, nor above 2^{_TOKEN_BITS} - 2, but a sequence has {part.min()} to "
+                f"{part.max()}"
+            )
         tokens[end - len(part) : end] = part
     names = np.full(len(parts), NAMELESS, dtype=np.int64) if ids is None else np.asarray(ids, dtype=np.int64)
     named = names[names != NAMELESS]
@@ -401,14 +445,51 @@ def shared_length(tokens: np.ndarray, position: int, context: np.ndarray) -> int
 
 
 @compiled
-def match_sealed(tokens: np.ndarray, order: np.ndarray, context: np.ndarray) -> tuple[int, int]:
-    """A leaf of a sealed pool (see SealedPool) whose text shares most with the end of `context`, and how many tokens;
+def match_sealed(tokens: np.ndarray, order: np.ndarray, keys: np.ndarray, context: np.ndarray) -> tuple[int, int]:
+    """A leaf of a sealed pool (see WalkedPool) whose text shares most with the end of `context`, and how many tokens;
     -1 and 0 where none shares any."""
-    low, high, size = 0, len(order), len(context)
+    key, low, high = context_key(context), 0, len(keys)
+    while low < high:
+        middle = (low + high) // 2
+        if keys[middle] < key:
+            low = middle + 1
+        else:
+            high = middle
+    return match_from(tokens, order, keys, context, key, low)
+
+
+@compiled
+def context_key(context: np.ndarray) -> int:
+    """The key (see WalkedPool) of the last tokens of a context."""
+    size, key = len(context), np.int64(0)
+    for i in range(KEYED):
+        key = key << _TOKEN_BITS | (np.int64(context[size - 1 - i]) + 1 if i < size else 0)
+    return key  # type: ignore[return-value]  # numba knows no Python integers
+
+
+@compiled
+def match_from(
+    tokens: np.ndarray, order: np.ndarray, keys: np.ndarray, context: np.ndarray, key: int, first: int
+) -> tuple[int, int]:
+    """See match_sealed. key: of the context; first: the first of the keys that is not below it."""
+    size, m, low, high = len(context), len(keys), first, first
+    if low < m and keys[low] == key:
+        # The leaves of this key end beyond `high`: few, so it is looked for from here.
+        step, high = 1, low + 1
+        while high < m and keys[high] == key:
+            high += step
+            step *= 2
+        below, high = high - step // 2, min(high, m)
+        while below < high:
+            middle = (below + high) // 2
+            if keys[middle] == key:
+                below = middle + 1
+            else:
+                high = middle
     while low < high:
         middle = (low + high) // 2
         at, less = order[middle] - 1, False
-        for i in range(DEPTH):
+        for i in range(KEYED, DEPTH):
             theirs = tokens[at - i] if at - i >= 0 else BORDER
             ours = context[size - 1 - i] if i < size else BORDER
             if theirs != ours:
@@ -421,20 +502,23 @@ def match_sealed(tokens: np.ndarray, order: np.ndarray, context: np.ndarray) -> 
         else:
             high = middle
     left = shared_length(tokens, order[low - 1], context) if low > 0 else 0
-    right = shared_length(tokens, order[low], context) if low < len(order) else 0
+    right = shared_length(tokens, order[low], context) if low < m else 0
     if left == 0 and right == 0:
         return -1, 0
     return (low - 1, left) if left > right else (low, right)
 
 
 @compiled
-def find_node(leaf: np.ndarray, nodes: np.ndarray, at: int, length: int) -> int:
+def find_node(leaves: np.ndarray, nodes: np.ndarray, at: int, length: int) -> int:
     """The node of the `length` tokens that lead to leaf `at`; -1 where that leaf alone has them."""
-    node = leaf[at]
-    if length > nodes[node, 0]:
+    node = leaves[at].node
+    if length > nodes[node].depth:
         return -1
-    while node > 0 and nodes[nodes[node, 1], 0] >= length:
-        node = nodes[node, 1]
+    while node > 0:
+        above = nodes[node].above
+        if nodes[above].depth < length:
+            break
+        node = above
     return node
 
 
@@ -485,21 +569,30 @@ def match_live(
     return matches
 
 
+_BLOCK = 32
+
+
 @compiled
 def match_text(text: np.ndarray, context: np.ndarray, least: int) -> tuple[int, int]:
     """The position in `text` after the longest match of the end of `context`, and its length; of equal ones the
     latest. -1 and 0 where none has `least` tokens."""
     best, at, size = 0, -1, len(context)
-    if size == 0:
+    if size == 0 or len(text) < 2:
         return at, best
-    last = context[size - 1]
-    for position in range(len(text) - 1, 0, -1):
-        if text[position - 1] == last and text[position] != BORDER:
-            length = shared_length(text, position, context)
-            if length > best:
-                best, at = length, position
-                if best == DEPTH:
-                    break
+    last, end = context[size - 1], len(text) - 1
+    # Few tokens equal the last one: whole blocks are compared at once (LLVM makes vectors of it), the latest first.
+    while end > 0 and best < DEPTH:
+        start = max(0, end - _BLOCK)
+        some = False
+        for position in range(start, end):
+            some |= text[position] == last
+        if some:
+            for position in range(end, start, -1):
+                if text[position - 1] == last and text[position] != BORDER:
+                    length = shared_length(text, position, context)
+                    if length > best:
+                        best, at = length, position
+        end = start
     return (at, best) if best >= least else (-1, 0)
 
 
@@ -518,7 +611,7 @@ _STAND_INS: dict[int, tuple[np.ndarray, ...]] = {
     LIVE: (_NO_TOKENS, np.zeros((1, 0), np.int32), np.zeros((1, 0), np.int32)),
     TEXT: (_NO_TOKENS,),
 }
-_NO_POOL = build_pool([], searchable=False)
+_NO_POOL = build_pool([], searchable=False).walked()
 
 
 class SearchSet:
@@ -530,23 +623,21 @@ class SearchSet:
             k: tuple(typed_list([a]) for a in arrays) for k, arrays in _STAND_INS.items()
         }
         self._free: dict[int, list[int]] = {kind: [] for kind in (SEALED, *_STAND_INS)}
-        self._pools: list[SealedPool] = [_NO_POOL]
+        self._pools: list[WalkedPool] = [_NO_POOL]
         self._sealed: tuple[np.ndarray, ...] | None = None
 
     @property
     def sealed(self) -> tuple[np.ndarray, ...]:
-        """The arrays of all sealed pools, one pool after another: tokens, order, rank, leaf, nodes, chance; and int64
-        [places, 5]: where a pool's tokens begin and end, where its leaves begin and end, where its nodes begin.
+        """The arrays of all sealed pools, one pool after another, see WalkedPool; and int64 [places, 5]: where a pool's
+        tokens begin and end, where its leaves begin and end, where its nodes begin.
         """
         if self._sealed is None:
             pools = self._pools
-            searched = ("tokens", "order", "rank", "leaf", "nodes", "chance")
-            arrays = ([getattr(pool, name) for pool in pools] for name in searched)
             tokens, leaves, nodes = (
-                np.cumsum([0, *(len(getattr(pool, name)) for pool in pools)]) for name in ("tokens", "leaf", "nodes")
+                np.cumsum([0, *(len(getattr(pool, name)) for pool in pools)]) for name in ("tokens", "leaves", "nodes")
             )
             bounds = np.stack([tokens[:-1], tokens[1:], leaves[:-1], leaves[1:], nodes[:-1]], axis=1)
-            self._sealed = (*map(np.concatenate, arrays), np.ascontiguousarray(bounds))
+            self._sealed = (*map(np.concatenate, zip(*pools, strict=True)), np.ascontiguousarray(bounds))
         return self._sealed
 
     def add_sealed(self, pool: SealedPool) -> int:
@@ -554,9 +645,9 @@ class SearchSet:
         self._sealed = None
         if self._free[SEALED]:
             place = self._free[SEALED].pop()
-            self._pools[place] = pool
+            self._pools[place] = pool.walked()
             return place
-        self._pools.append(pool)
+        self._pools.append(pool.walked())
         return len(self._pools) - 1
 
     def add_live(self, pool: LivePool) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from owlrec_decoding.index import (
     BORDER,
     DEPTH,
+    KEYED,
     LIVE,
     NAMELESS,
     NOTHING,
@@ -26,7 +27,9 @@ from owlrec_decoding.index import (
     SearchSet,
     build_pool,
     compiled,
+    context_key,
     find_node,
+    match_from,
     match_live,
     match_sealed,
     match_text,
@@ -383,6 +386,52 @@ def _vote(text: np.ndarray, found: int, positions: np.ndarray, lengths: np.ndarr
 
 
 @compiled
+def _first_keys(
+    contexts: np.ndarray,
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    limits: np.ndarray,
+    sources: np.ndarray,
+    keys: np.ndarray,
+    bounds: np.ndarray,
+) -> np.ndarray:
+    """Where the keys of each row's sealed sources begin that are not below the key of its context: int64 [n, m].
+
+    One halving of all rows after the other: a processor waits for the memory of several rows at once, where one row's
+    search waits for each of its halvings.
+    """
+    n, m = sources.shape[0], sources.shape[1]
+    wanted, low, left = np.empty(n * m, np.int64), np.empty(n * m, np.int64), np.empty(n * m, np.int64)
+    owner, used, largest = np.empty(n * m, np.int64), 0, 0
+    for i in range(n):
+        if limits[i] <= 0:
+            continue
+        key = context_key(contexts[rows[i], max(0, lengths[i] - KEYED) : lengths[i]])
+        for s in range(m):
+            if sources[i, s, 0] == NOTHING:
+                break
+            if sources[i, s, 0] == SEALED:
+                place = sources[i, s, 1]
+                owner[used], wanted[used] = i * m + s, key
+                low[used], left[used] = bounds[place, 2], bounds[place, 3] - bounds[place, 2]
+                largest = max(largest, left[used])
+                used += 1
+    while largest > 0:
+        for j in range(used):
+            half = left[j] >> 1
+            # Without a branch: its guess would be wrong half of the time.
+            below = left[j] > 0 and keys[low[j] + half] < wanted[j]
+            low[j] += (half + 1) * below
+            left[j] = left[j] - half - 1 if below else half
+        largest >>= 1
+    first = np.zeros((n, m), np.int64)
+    for j in range(used):
+        i, s = owner[j] // m, owner[j] % m
+        first[i, s] = low[j] - bounds[sources[i, s, 1], 2]
+    return first
+
+
+@compiled
 def _draft_rows(
     contexts: np.ndarray,
     rows: np.ndarray,
@@ -393,10 +442,9 @@ def _draft_rows(
     groups: np.ndarray,
     sealed_tokens: np.ndarray,
     order: np.ndarray,
-    rank: np.ndarray,
-    leaf: np.ndarray,
+    keys: np.ndarray,
+    leaves: np.ndarray,
     nodes: np.ndarray,
-    chances: np.ndarray,
     bounds: np.ndarray,
     live_tokens: Any,
     live_heads: Any,
@@ -416,9 +464,10 @@ def _draft_rows(
     # nowhere, -2 = to be looked up), how many tokens match there, and what it proposes with which chance.
     at, length = np.zeros(n_sources, np.int64), np.zeros(n_sources, np.int64)
     says, hopes = np.zeros(n_sources, np.int64), np.zeros(n_sources)
-    follower = np.zeros(n_sources, np.int64)  # the position of a tree's proposal
+    after = np.zeros(n_sources, np.int64)  # the leaf of the context that a tree's proposal ends
     places = np.zeros((n_sources, _CANDIDATES), np.int64)
     shares = np.zeros((n_sources, _CANDIDATES), np.int64)
+    first = _first_keys(contexts, rows, row_lengths, limits, sources, keys, bounds)
     tail = np.zeros(DEPTH + depth, np.int32)  # the end of the context and the draft behind it
     for i in range(len(rows)):
         limit = min(depth, limits[i])
@@ -437,16 +486,25 @@ def _draft_rows(
             for s in range(used):
                 kind, place = sources[i, s, 0], sources[i, s, 1]
                 if kind == SEALED:
-                    token_0, leaf_0 = bounds[place, 0], bounds[place, 2]
-                    leaf_1, node_0 = bounds[place, 3], bounds[place, 4]
+                    leaf_0, leaf_1, node_0 = bounds[place, 2], bounds[place, 3], bounds[place, 4]
                     if at[s] == -2:
-                        tokens = sealed_tokens[token_0 : bounds[place, 1]]
-                        at[s], length[s] = match_sealed(tokens, order[leaf_0:leaf_1], end)
+                        pool = (
+                            sealed_tokens[bounds[place, 0] : bounds[place, 1]],
+                            order[leaf_0:leaf_1],
+                            keys[leaf_0:leaf_1],
+                        )
+                        if n == 0:
+                            at[s], length[s] = match_from(*pool, end, context_key(end), first[i, s])
+                        else:
+                            at[s], length[s] = match_sealed(*pool, end)
                     if at[s] >= 0:
-                        node = find_node(leaf[leaf_0:leaf_1], nodes[node_0:], at[s], length[s])
-                        follower[s] = nodes[node_0 + node, 2] if node >= 0 else order[leaf_0 + at[s]]
-                        hopes[s] = chances[leaf_0 + node_0 + (leaf_1 - leaf_0 + node if node >= 0 else at[s])]
-                        says[s] = sealed_tokens[token_0 + follower[s]]
+                        node = find_node(leaves[leaf_0:leaf_1], nodes[node_0:], at[s], length[s])
+                        if node >= 0:
+                            inner = nodes[node_0 + node]
+                            says[s], hopes[s], after[s] = inner.token, inner.chance, inner.after
+                        else:
+                            outer = leaves[leaf_0 + at[s]]
+                            says[s], hopes[s], after[s] = outer.token, outer.chance, outer.after
                 elif kind == LIVE:
                     text = live_tokens[place]
                     if at[s] == -2:
@@ -507,9 +565,8 @@ def _draft_rows(
                     # A tree is searched again; texts, whose search reads them whole, wait for the next step.
                     at[s] = -2 if kind == SEALED else -1
                 elif kind == SEALED:
-                    # The leaf after the follower has the longer context: no search.
-                    leaf_after = rank[bounds[place, 0] + follower[s] + 1]
-                    at[s], length[s] = leaf_after if leaf_after >= 0 else -2, min(length[s] + 1, DEPTH)
+                    # The leaf after the proposal has the longer context: no search.
+                    at[s], length[s] = after[s] if after[s] >= 0 else -2, min(length[s] + 1, DEPTH)
                 elif kind == LIVE:
                     found, text = 0, live_tokens[place]
                     for c in range(at[s]):

@@ -35,7 +35,7 @@ def test_a_sealed_pool_finds_as_long_matches(sequences: list[list[int]], context
     for s in sequences:
         pool.insert(s)
     sealed = build_pool(pool.sequences())
-    _, length = match_sealed(sealed.tokens, sealed.order, np.array(context, np.int32))
+    _, length = match_sealed(*sealed.walked()[:3], np.array(context, np.int32))
     assert length == max([0, *matches(pool, context)[1]])
 
 

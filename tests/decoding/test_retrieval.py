@@ -5,7 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from owlrec_decoding.index import CONTEXT, LIVE, NOTHING, SEALED, TEXT, LivePool, SearchSet, build_pool
+from owlrec_decoding.index import (
+    CONTEXT,
+    LIVE,
+    NOTHING,
+    SEALED,
+    TEXT,
+    LivePool,
+    SearchSet,
+    build_pool,
+    find_node,
+    match_sealed,
+)
 from owlrec_decoding.pools import (
     AGREE,
     CELLS,
@@ -57,6 +68,29 @@ def draft(
 
 def tokens(found: Drafts, row: int = 0) -> list[int]:
     return [int(t) for t in found.tokens[row, : found.count[row]]]
+
+
+few = st.lists(st.integers(0, 3), max_size=30)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.lists(few, max_size=5), min_size=1, max_size=4), st.lists(few, min_size=1, max_size=6), st.data())
+def test_rows_are_searched_together_as_each_is_alone(
+    pools: list[list[list[int]]], contexts: list[list[int]], data: st.DataObject
+) -> None:
+    search_set = SearchSet()
+    built = [build_pool(pool) for pool in pools]
+    places = [search_set.add_sealed(pool) for pool in built]
+    chosen = [data.draw(st.sampled_from(range(len(pools)))) for _ in contexts]
+    found = draft(search_set, contexts, [[(SEALED, places[at])] for at in chosen], limit=1)
+    for row, (context, at) in enumerate(zip(contexts, chosen, strict=True)):
+        walked = built[at].walked()
+        leaf, length = match_sealed(*walked[:3], np.array(context, np.int32))
+        if length == 0:
+            assert found.count[row] == 0
+        else:
+            node = find_node(walked.leaves, walked.nodes, leaf, length)
+            assert tokens(found, row) == [(walked.leaves[leaf] if node < 0 else walked.nodes[node])["token"]]
 
 
 @pytest.mark.parametrize("end", range(3, 8))

@@ -50,7 +50,7 @@ def test_order_is_sorted_by_the_text_read_backwards(sequences: list[list[int]]) 
 @given(texts, st.lists(st.integers(0, 3), max_size=45))
 def test_longest_match_equals_brute_force(sequences: list[list[int]], context: list[int]) -> None:
     pool = build_pool(sequences)
-    leaf, length = match_sealed(pool.tokens, pool.order, np.array(context, np.int32))
+    leaf, length = match_sealed(*pool.walked()[:3], np.array(context, np.int32))
     assert length == brute_force(sequences, context)
     if length:
         position = pool.order[leaf]
@@ -85,20 +85,21 @@ def test_the_likeliest_follower_and_its_chance_equal_plain_counting(
     sequences: list[list[int]], start: list[int]
 ) -> None:
     pool = build_pool(sequences)
-    leaf, length = match_sealed(pool.tokens, pool.order, np.array(start, np.int32))
+    leaf, length = match_sealed(*pool.walked()[:3], np.array(start, np.int32))
     if length == 0:
         return
-    node = find_node(pool.leaf, pool.nodes, leaf, length)
-    position = pool.order[leaf] if node < 0 else pool.nodes[node, 2]
+    walked = pool.walked()
+    node = find_node(walked.leaves, walked.nodes, leaf, length)
+    said = walked.leaves[leaf] if node < 0 else walked.nodes[node]
     names = len({int(pool.tokens[p]) for p in pool.order})
     chances = blended(sequences, start[len(start) - length :], names)
-    assert pool.chance[leaf if node < 0 else len(pool.leaf) + node] == pytest.approx(max(chances.values()), abs=1e-5)
-    assert chances[int(pool.tokens[position])] == pytest.approx(max(chances.values()), abs=1e-5)
+    assert said["chance"] == pytest.approx(max(chances.values()), abs=1e-5)
+    assert chances[int(said["token"])] == pytest.approx(max(chances.values()), abs=1e-5)
 
 
 def test_a_match_never_crosses_from_one_text_to_the_next() -> None:
     pool = build_pool([[1, 2], [3, 4]])
-    leaf, length = match_sealed(pool.tokens, pool.order, np.array([1, 2, 3], np.int32))
+    leaf, length = match_sealed(*pool.walked()[:3], np.array([1, 2, 3], np.int32))
     assert length == 1  # "3" alone, since "2 3" stands across the border
     assert pool.tokens[pool.order[leaf]] == 4
 
@@ -130,7 +131,9 @@ def test_a_pool_of_documents_alone_has_no_tree() -> None:
     assert len(SealedPool.from_bytes(pool.to_bytes()).nodes) == 0
 
 
-@pytest.mark.parametrize(("sequences", "ids"), [([[1, -1]], None), ([[1], [2]], [7, 7]), ([[1]], [1, 2])])
+@pytest.mark.parametrize(
+    ("sequences", "ids"), [([[1, -1]], None), ([[1 << 21]], None), ([[1], [2]], [7, 7]), ([[1]], [1, 2])]
+)
 def test_wrong_input_is_refused(sequences: list[list[int]], ids: list[int] | None) -> None:
     with pytest.raises(ValueError, match=r"negative|distinct"):
         build_pool(sequences, ids)
