@@ -166,7 +166,7 @@ def _movielens() -> Any:
     split = SplitConfig(history_length=HISTORY, cuts=("kar",))
     samples = build_samples(raw.interactions, split, RATED).samples
     return build_features(
-        raw.users, raw.items, samples, attributes=("genres", "year"), profile=(), min_item_count=2
+        raw.users, raw.items, samples, features={"items": ("genres", "year"), "users": ()}, min_item_count=2
     )  # fmt: skip
 
 
@@ -303,14 +303,15 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
 
     from owlrec.ctr.batches import SplitTensors
     from owlrec.ctr.experiment import CTRConfig
-    from owlrec.ctr.features import RESERVED, FeatureSpec, Histories, ItemFeatures, SampleFeatures
+    from owlrec.ctr.features import RESERVED, FeatureSchema, FeatureSpec, Histories, ItemFeatures, SampleFeatures
     from owlrec.ctr.model import CTRModel, ModelSpec
     from owlrec.ctr.trainer import Optimizers
 
     rng = np.random.default_rng(0)
     codes = np.arange(n_items + RESERVED, dtype=np.int32)
-    items = ItemFeatures(np.arange(n_items), codes, np.zeros((n_items + RESERVED, 0, ATTRIBUTE_VALUES), np.int32))
-    spec = FeatureSpec(n_items=n_items + RESERVED, attributes={}, profile={}, history_length=HISTORY)
+    items = ItemFeatures(np.arange(n_items), codes, np.zeros((n_items + RESERVED, 0, 1), np.int32),
+                         np.zeros((n_items + RESERVED, 0), np.float32))  # fmt: skip
+    spec = FeatureSpec(n_items=n_items + RESERVED, tables={}, fields=FeatureSchema(), history_length=HISTORY)
     n = steps * BATCH
     split = SplitTensors(
         SampleFeatures(
@@ -320,7 +321,7 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
                 np.arange(n) * HISTORY, np.full(n, HISTORY, np.int32),
                 rng.integers(RESERVED, n_items, n * HISTORY, np.int32), np.ones(n * HISTORY, np.uint8), HISTORY,
             ),
-            profile=np.zeros((n, 0), np.int32),
+            fields=np.zeros((n, 0, 1), np.int32), numbers=np.zeros((n, 0), np.float32),
             labels=rng.integers(0, 2, n).astype(np.float32),
         ),
         None, "cpu",

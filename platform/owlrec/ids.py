@@ -23,7 +23,7 @@ TABLE_KINDS: dict[str, Kind] = {
     "samples": "user",
 }
 # One of them in memory; NaN: not graded.
-BEHAVIOR = np.dtype([("time", "<i8"), ("item", "<i8"), ("rating", "<f4"), ("label", "<f4")])
+BEHAVIOR = np.dtype([("time", "<i8"), ("item", "<i8"), ("rating", "<f4"), ("label", "<f4"), ("event", "u1")])
 
 
 def stable_id(raw: str) -> int:

@@ -37,7 +37,7 @@ from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace
 
 torch.set_num_threads(1)
-CONFIG = CTRConfig(batch_size=256, epochs=1, embed_dim=8, hidden_dims=(16, 8), use_profile=True)
+CONFIG = CTRConfig(batch_size=256, epochs=1, embed_dim=8, hidden_dims=(16, 8))
 GRID = "0123456789abcdef" * 4
 NOBODY, NOTHING = 10**12, 10**13  # ids that no table has
 

@@ -88,7 +88,7 @@ def tables(rows: Rows, dim: int = 2) -> dict[str, list[pa.Table]]:
     ]
     members = [{"kind": kind, "id": id_, "cohorts": cohorts} for (kind, id_), cohorts in rows.cohorts.items()]
     behaviors = [
-        {"id": user, **{name: [row[at] for row in rows] for at, name in enumerate(BEHAVIORS.names[1:])}}
+        {"id": user, **{name: [(*row, 0)[at] for row in rows] for at, name in enumerate(BEHAVIORS.names[1:])}}
         for user, rows in rows.behaviors.items()
     ]
     with_partition = vectors_schema(dim).append(pa.field("partition", pa.int8()))

@@ -1,7 +1,7 @@
 """The CTR model: KAR's hybrid-expert adaptor, and the whole model of embeddings, adaptor and backbone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +13,10 @@ from owlrec.config import Config
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.backbones.networks import BackboneInputs, InputShape, TableRows
 from owlrec.ctr.experiment import AdaptorConfig, CTRConfig
-from owlrec.ctr.features import OUTCOMES, PADDING, FeatureSpec, ItemFeatures
+from owlrec.ctr.features import OUTCOMES, PADDING, FeatureSpec, Field, ItemFeatures
 from owlrec.ctr.knowledge_tables import VectorTable
 from owlrec.errors import SchemaError
+from owlrec.sources.outcomes import EVENTS
 
 # -------------------------------------------------------------------------------------------------------------- adaptor
 # The hybrid-expert adaptor of KAR (RecSys 2024, sec. 3.3): turns encoder vectors into two fields of the backbone.
@@ -358,13 +359,15 @@ class DistinctItems:
 class Batch:
     """Codes of b rows, and their knowledge if the model has an adaptor. L: history length.
 
-    history, ratings and profile have one row if all rows belong to one user's request.
+    history, ratings, fields, numbers and events have one row if all rows belong to one user's request.
     """
 
     items: Tensor  # int64 [b], row numbers of ItemFeatures
     history: Tensor  # int64 [b or 1, L], row numbers, 0 for padding
     ratings: Tensor  # int64 [b or 1, L]
-    profile: Tensor  # int64 [b or 1, n_profile]
+    fields: Tensor  # int64 [b or 1, coded fields of the sample, width]: see SampleFeatures
+    numbers: Tensor  # float32 [b or 1, log fields of the sample]
+    events: Tensor | None = None  # int64 [b or 1, L], if behaviors have them
     user: BatchVectors | None = None
     item: BatchVectors | None = None
     user_codes: Codes | None = None  # if the model reads semantic ids
@@ -372,6 +375,41 @@ class Batch:
     distinct: DistinctItems | None = None  # for batches with many rows; a request's items rarely repeat
     # float32 [b, knowledge_fields, e]: precomputed output for all of these, the user's fields first; replaces them
     adaptor_fields: Tensor | None = None
+
+
+class FieldEmbeddings(nn.Module):
+    """Fields from codes and numbers. A multi-valued field is the mean of its values; a number on a log scale is
+    x w + b with a vector w and b per field, and a vector in place of a missing one.
+    """
+
+    def __init__(self, fields: Sequence[Field], tables: Sequence[str], dim: int) -> None:
+        """tables: names of the embedding tables, in the order in which `forward` receives them."""
+        super().__init__()
+        self._coded = [(tables.index(f.table), f.width) for f in fields if f.type != "log"]
+        n = len(fields) - len(self._coded)
+        # DistributedDataParallel refuses parameters without a gradient, so without numbers there are none.
+        self._scaled, self._dim = n > 0, dim
+        if n:
+            self.scale, self.bias, self.missing = (nn.Parameter(torch.randn(n, dim) * _INIT_STD) for _ in range(3))
+
+    def forward(self, tables: nn.ModuleList, codes: Tensor, numbers: Tensor) -> Tensor:
+        """float32 [b, fields, dim]: coded ones, then numbers. codes: int64 [b, coded, width], 0 is padding; numbers:
+        float32 [b, log], NaN if missing.
+        """
+        parts: list[Tensor] = []
+        for at, (table, width) in enumerate(self._coded):
+            if width == 1:
+                parts.append(tables[table](codes[:, at, 0]))
+                continue
+            values = codes[:, at, :width]
+            n_values = (values != PADDING).sum(1, keepdim=True).clamp(min=1)
+            parts.append(tables[table](values).sum(1) / n_values)
+        coded = torch.stack(parts, dim=1) if parts else numbers.new_zeros(len(codes), 0, self._dim)
+        if not self._scaled:
+            return coded
+        known = ~numbers.isnan().unsqueeze(2)
+        scaled = numbers.nan_to_num().unsqueeze(2) * self.scale + self.bias
+        return torch.cat([coded, torch.where(known, scaled, self.missing)], dim=1)
 
 
 class CTRModel(nn.Module):
@@ -382,22 +420,31 @@ class CTRModel(nn.Module):
 
     item_codes: Tensor
     item_attributes: Tensor
+    item_numbers: Tensor
     all_ratings: Tensor
+    all_events: Tensor
 
     def __init__(self, spec: ModelSpec, items: ItemFeatures) -> None:
         super().__init__()
         self.spec = spec
         self.register_buffer("item_codes", torch.from_numpy(items.codes.astype(np.int64)), persistent=False)
         self.register_buffer("item_attributes", torch.from_numpy(items.attributes.astype(np.int64)), persistent=False)
+        self.register_buffer("item_numbers", torch.from_numpy(items.numbers), persistent=False)
         features, width = spec.features, spec.embed_dim
+        fields = features.fields
         self.item = _embedding(features.n_items, width)
-        self.attributes = nn.ModuleList(_embedding(size, width) for size in features.attributes.values())
+        self.tables = nn.ModuleList(_embedding(size, width) for size in features.tables.values())
+        self.item_features = FieldEmbeddings(fields.items, list(features.tables), width)
+        self.row_features = FieldEmbeddings(fields.row_fields, list(features.tables), width)
         self.rating = _embedding(OUTCOMES, width)
         self.register_buffer("all_ratings", torch.arange(OUTCOMES), persistent=False)
-        self.profile = nn.ModuleList(_embedding(size, width) for size in features.profile.values())
+        self.event = _embedding(len(EVENTS) + 1, width) if fields.events else None
+        self.register_buffer("all_events", torch.arange(len(EVENTS) + 1), persistent=False)
+        item_fields = 1 + len(fields.items)
         shape = InputShape(
-            item_fields=1 + len(features.attributes),
-            profile_fields=len(features.profile),
+            item_fields=item_fields,
+            side_fields=1 + fields.events,
+            profile_fields=len(fields.row_fields) + item_fields * len(fields.sequences),
             knowledge_fields=spec.knowledge_fields,
             embed_dim=width,
         )
@@ -423,48 +470,61 @@ class CTRModel(nn.Module):
         Raises ValueError if the model has an adaptor and the batch has no knowledge, or another number of sources.
         """
         target, history, behaviors = self._embedded(batch)
-        profile = [table(batch.profile[:, i]) for i, table in enumerate(self.profile)]
-        return self.backbone(
-            BackboneInputs(
-                target=target,
-                history=history,
-                mask=batch.history != PADDING,
-                profile=torch.stack(profile, dim=1) if profile else target[:, :0],
-                knowledge=self.adaptor_fields(batch),
-                behaviors=behaviors,
-            )
+        inputs = BackboneInputs(
+            target=target,
+            history=history,
+            mask=batch.history != PADDING,
+            profile=self.row_features(self.tables, batch.fields, batch.numbers),
+            knowledge=self.adaptor_fields(batch),
+            behaviors=behaviors,
         )
+        return self.backbone(replace(inputs, profile=torch.cat([inputs.profile, *self._sequences(batch, inputs)], 1)))
+
+    def _sequences(self, batch: Batch, inputs: BackboneInputs) -> list[Tensor]:
+        """Mean of the behaviors with a sequence's events, float32 [b or 1, item_fields, e] for each."""
+        pooled: list[Tensor] = []
+        for events in self.spec.features.fields.sequences.values():
+            if batch.events is None:
+                raise ValueError("this model reads sequences of events, so its batches need the events of behaviors.")
+            chosen = torch.stack([batch.events == event for event in events]).any(0) & inputs.mask
+            weights = chosen.to(inputs.target.dtype)
+            mean = inputs.sum_history(weights / weights.sum(1, keepdim=True).clamp(min=1))
+            pooled.append(mean[:, : inputs.target.shape[1]])
+        return pooled
 
     def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor, TableRows | None]:
         """Targets, behaviors, and behaviors as table rows, as in BackboneInputs."""
         if batch.distinct is None:
             rows = torch.cat([batch.items, batch.history.flatten()])
             target, history = self.embed_items(rows).split([batch.items.shape[0], batch.history.numel()])
-            return target, self._with_ratings(history, batch), None
+            return target, self._with_outcomes(history, batch), None
         target_rows, history_rows = batch.distinct.target_rows, batch.distinct.history_rows.flatten()
         distinct = self.embed_items(batch.distinct.rows)
         flat = distinct.flatten(1)
-        behaviors = TableRows((flat, self.rating(self.all_ratings)), (batch.distinct.history_rows, batch.ratings))
+        tables, rows_of_tables = [flat, self.rating(self.all_ratings)], [batch.distinct.history_rows, batch.ratings]
+        if self.event is not None and batch.events is not None:
+            tables.append(self.event(self.all_events))
+            rows_of_tables.append(batch.events)
+        behaviors = TableRows(tuple(tables), tuple(rows_of_tables))
         target = F.embedding(target_rows, flat).unflatten(1, distinct.shape[1:])
         if not self.backbone.reads_behaviors:
-            return target, target.new_empty(len(target), 0, distinct.shape[1] + 1, distinct.shape[2]), behaviors
+            n_fields = distinct.shape[1] + len(tables) - 1
+            return target, target.new_empty(len(target), 0, n_fields, distinct.shape[2]), behaviors
         history = F.embedding(history_rows, flat).unflatten(1, distinct.shape[1:])
-        return target, self._with_ratings(history, batch), behaviors
+        return target, self._with_outcomes(history, batch), behaviors
 
-    def _with_ratings(self, history: Tensor, batch: Batch) -> Tensor:
-        ratings = self.rating(batch.ratings).unsqueeze(2)
-        return torch.cat([history.unflatten(0, batch.history.shape), ratings], dim=2)
+    def _with_outcomes(self, history: Tensor, batch: Batch) -> Tensor:
+        side = [self.rating(batch.ratings).unsqueeze(2)]
+        if self.event is not None:
+            if batch.events is None:
+                raise ValueError("this model reads events of behaviors, so its batches need them.")
+            side.append(self.event(batch.events).unsqueeze(2))
+        return torch.cat([history.unflatten(0, batch.history.shape), *side], dim=2)
 
     def embed_items(self, rows: Tensor) -> Tensor:
-        """rows: int64 [u]. Returns float32 [u, 1 + n_attributes, embed_dim]; averages the values of a multi-valued
-        attribute.
-        """
-        fields = [self.item(self.item_codes[rows])]
-        values = self.item_attributes[rows]
-        for i, table in enumerate(self.attributes):
-            n_values = (values[:, i] != PADDING).sum(1, keepdim=True).clamp(min=1)
-            fields.append(table(values[:, i]).sum(1) / n_values)
-        return torch.stack(fields, dim=1)
+        """rows: int64 [u]. Returns float32 [u, item_fields, embed_dim]: the id, then the features."""
+        features = self.item_features(self.tables, self.item_attributes[rows], self.item_numbers[rows])
+        return torch.cat([self.item(self.item_codes[rows]).unsqueeze(1), features], dim=1)
 
     def adaptor_fields(self, batch: Batch) -> Tensor | None:
         """float32 [b, knowledge_fields, e]: the user's fields, then the item's; None for an arm without knowledge."""

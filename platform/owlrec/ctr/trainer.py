@@ -41,7 +41,7 @@ from owlrec.ctr.experiment import (
     slice_metrics,
     slices_of,
 )
-from owlrec.ctr.features import Features, Grades, ItemFeatures, Split, Vocabularies
+from owlrec.ctr.features import Features, FeatureSchema, Grades, ItemFeatures, Split, Vocabularies
 from owlrec.ctr.knowledge_tables import STREAMING, VectorTable, arm_parts, arm_sources, cascade_slots, refuse_two_sizes
 from owlrec.ctr.model import CTRModel, ModelSpec, code_sizes
 from owlrec.errors import RecipeError, WorkspaceError
@@ -604,7 +604,7 @@ def _evaluate(rows: ScoredRows) -> Metrics:
 
 VOCABULARIES = "vocabularies.parquet"
 ITEMS = "items.safetensors"
-_SEPARATOR = "/"
+VALUES = "values/"  # prefix of a field of the file: the vocabulary of a table of embeddings
 
 
 def export_trial(workspace: Workspace, fingerprint: str, trained: Trained) -> str:
@@ -639,9 +639,9 @@ def write_vocabularies(workspace: Workspace, folder: str, vocabularies: Vocabula
     """Writes vocabularies.parquet: columns field and value, in the order of the codes."""
     fields = {
         "item": vocabularies.items.cast(pa.string()),
-        **{f"attribute{_SEPARATOR}{name}": values for name, values in vocabularies.attributes.items()},
-        **{f"profile{_SEPARATOR}{name}": values for name, values in vocabularies.profile.items()},
+        **{f"{VALUES}{name}": values for name, values in vocabularies.values.items()},
         "grades": pa.array([repr(rating) for rating in vocabularies.grades]),  # lowest and highest
+        "fields": pa.array([vocabularies.fields.model_dump_json()]),
     }
     # A field without values would vanish from the table, and a column of the model's input with it.
     values = [pa.concat_arrays([pa.array([None], pa.string()), v.cast(pa.string())]) for v in fields.values()]
@@ -658,14 +658,10 @@ def read_vocabularies(workspace: Workspace, folder: str) -> Vocabularies:
         for name in pc.unique(table["field"]).to_pylist()
     }
 
-    def section(kind: str) -> dict[str, pa.Array]:
-        prefix = kind + _SEPARATOR
-        return {name.removeprefix(prefix): values for name, values in fields.items() if name.startswith(prefix)}
-
     return Vocabularies(
         items=fields["item"].cast(pa.int64()),
-        attributes=section("attribute"),
-        profile=section("profile"),
+        values={name.removeprefix(VALUES): v for name, v in fields.items() if name.startswith(VALUES)},
+        fields=FeatureSchema.model_validate_json(fields["fields"][0].as_py()),
         grades=Grades(*map(float, fields["grades"].to_pylist())),
     )
 
@@ -673,7 +669,8 @@ def read_vocabularies(workspace: Workspace, folder: str) -> Vocabularies:
 def write_items(workspace: Workspace, folder: str, items: ItemFeatures, counts: np.ndarray | None = None) -> None:
     """Writes items.safetensors. counts: features.Features.item_counts, for training only."""
     counts = np.zeros(len(items.codes), np.int64) if counts is None else counts
-    arrays = {"ids": items.ids, "codes": items.codes, "attributes": items.attributes, "counts": counts}
+    arrays = {"ids": items.ids, "codes": items.codes, "attributes": items.attributes, "numbers": items.numbers}
+    arrays["counts"] = counts
     workspace.write_bytes(f"{folder}/{ITEMS}", safetensors.numpy.save(arrays))
 
 
@@ -681,7 +678,8 @@ def read_items(workspace: Workspace, folder: str) -> tuple[ItemFeatures, np.ndar
     """Reads the file of `write_items`. Raises WorkspaceError if it is missing or damaged."""
     try:
         arrays = safetensors.numpy.load(workspace.read_bytes(f"{folder}/{ITEMS}"))
-        return ItemFeatures(arrays["ids"], arrays["codes"], arrays["attributes"]), arrays["counts"]
+        names = ("ids", "codes", "attributes", "numbers")
+        return ItemFeatures(*(arrays[name] for name in names)), arrays["counts"]
     except (KeyError, safetensors.SafetensorError) as error:
         raise WorkspaceError(
             f"{workspace.path(folder)}: {ITEMS} is damaged ({error}). Run the stage that wrote it again."
