@@ -100,8 +100,11 @@ def test_no_features() -> None:
 
 def test_by_default_all_columns_but_those_that_identify_a_row() -> None:
     n = 400
-    users = pa.table({"user_id": range(n), "raw_id": map(str, range(n)), "zip": [f"z{u}" for u in range(n)],
-                      "income": [str(9.5 + 3 * u) for u in range(n)], "code": [f"0{u % 9}" for u in range(n)]})  # fmt: skip
+    columns = {"zip": "z{}", "income": "{}.5", "code": "0{}"}
+    values = {"zip": range(n), "income": range(9, 9 + 3 * n, 3), "code": [u % 9 for u in range(n)]}
+    users = pa.table({"user_id": range(n), "raw_id": map(str, range(n))})
+    for name, form in columns.items():
+        users = users.append_column(name, pa.array([form.format(value) for value in values[name]]))
     table = samples(
         *((u, 10 + 10 * (u % 2), u % 2, [20], [1], s) for s in ("train", "valid", "test") for u in range(n))
     )

@@ -124,7 +124,7 @@ def requests(world: Any, n: int) -> list[tuple[User, int]]:
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("arm", ["none", "knowledge"])
+@pytest.mark.parametrize("arm", ["knowledge"])
 def test_both_paths_score_as_the_trainer_did(workspace: Workspace, toy_world: Any, backbone: str, arm: Arm) -> None:
     made = export(workspace, toy_world, backbone, arm)
     by_model, by_program = (made.scorer(program=p) for p in (False, True))

@@ -22,6 +22,7 @@ from owlrec.ctr.batches import Tables
 from owlrec.ctr.experiment import Metrics, Trial, grid_folder, read_grid_scores
 from owlrec.ctr.features import (
     RESERVED,
+    TIMES,
     UNKNOWN,
     USER_ID,
     Field,
@@ -37,10 +38,11 @@ from owlrec.ctr.trainer import VOCABULARIES, load_trial, read_items, read_vocabu
 from owlrec.encoding.compression import Projection
 from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import ReleaseError, SchemaError, WorkspaceError
-from owlrec.ids import BEHAVIOR, rows_of, shard_of
+from owlrec.ids import BEHAVIOR, EVENTS, rows_of, shard_of
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
+from owlrec.schema import SAMPLES
 from owlrec.shards import Shard
-from owlrec.sources.outcomes import EVENTS, was_taken
+from owlrec.sources.outcomes import was_taken
 from owlrec.sources.splits import read_samples
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
@@ -730,18 +732,27 @@ class CtrScorer:
     def score(self, user: int | User, candidates: Sequence[int] | np.ndarray, live: LiveState) -> np.ndarray:
         """float64 [n]: probability of a click (or of the label that the recipe defines), in the candidates' order.
 
+        If the model has further labels, this is the primary one; `score_labels` has all.
         user: an id, or a User. candidates: item ids, repeats allowed. live: for this scorer's model. Raises SchemaError
         if a history and its ratings differ in length.
         """
+        return next(iter(self.score_labels(user, candidates, live).values()))
+
+    def score_labels(
+        self, user: int | User, candidates: Sequence[int] | np.ndarray, live: LiveState
+    ) -> dict[str, np.ndarray]:
+        """Label -> float64 [n], for the primary one ("label") and the names of ctr.tasks. Arguments: see `score`."""
+        names = ("label", *self._fields.tasks)
         if len(candidates) == 0:
-            return np.zeros(0)
+            return {name: np.zeros(0) for name in names}
         batch = self.batch(user, candidates, live)
         with torch.inference_mode():
             if self.program is not None:
                 scores: Tensor = self.program(request_tensors(batch))
             else:
                 scores = self.model(batch).double().sigmoid()
-        return scores.numpy()
+        columns = scores.numpy().reshape(len(candidates), -1).T
+        return dict(zip(names, columns, strict=True))
 
     def batch(self, user: int | User, candidates: Sequence[int] | np.ndarray, live: LiveState) -> Batch:
         """Model inputs for a request: n candidates, the user's part in one row."""
@@ -832,9 +843,12 @@ def largest_difference(
     samples than the workspace has.
     """
     scored = read_grid_scores(workspace, grid, [trial])
+    fields = scorer.vocabularies.fields
+    extra = [f"interactions/{field.column}" for field in fields.interactions if field.column not in TIMES]
+    extra += ["history_events"] if fields.events else []
     shards, n = [], 0
     for number in workspace.table_shards("samples"):
-        samples = read_samples(workspace, number)
+        samples = read_samples(workspace, number, [*SAMPLES.names, *extra])
         shards.append(samples.filter(pc.equal(samples["split"], "test")))
         n += len(shards[-1])
         if n >= rows:

@@ -23,9 +23,9 @@ from typing_extensions import TypedDict
 from owlrec.config import Config
 from owlrec.errors import SchemaError, did_you_mean
 from owlrec.evaluation import auc
-from owlrec.ids import hash_of, rows_of
+from owlrec.ids import EVENTS, EventName, hash_of, rows_of
 from owlrec.schema import stable_ids
-from owlrec.sources.outcomes import EVENTS, OUTCOME_COLUMNS, POSITIVE, EventName, taken
+from owlrec.sources.outcomes import OUTCOME_COLUMNS, POSITIVE, taken
 
 PADDING, UNKNOWN = 0, 1
 RESERVED = 2  # the first code of a real value, and the first row of a real item

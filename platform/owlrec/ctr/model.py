@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from owlrec.config import Config
 from owlrec.ctr.backbones import BACKBONES
-from owlrec.ctr.backbones.networks import BackboneInputs, InputShape, TableRows
-from owlrec.ctr.experiment import AdaptorConfig, CTRConfig
+from owlrec.ctr.backbones.networks import BackboneInputs, InputShape, TableRows, mlp
+from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, Sharing
 from owlrec.ctr.features import OUTCOMES, PADDING, FeatureSpec, Field, ItemFeatures
 from owlrec.ctr.knowledge_tables import VectorTable
 from owlrec.errors import SchemaError
-from owlrec.sources.outcomes import EVENTS
+from owlrec.ids import EVENTS
 
 # -------------------------------------------------------------------------------------------------------------- adaptor
 # The hybrid-expert adaptor of KAR (RecSys 2024, sec. 3.3): turns encoder vectors into two fields of the backbone.
@@ -296,6 +296,7 @@ class ModelSpec(Config):
     embed_dim: int
     hidden_dims: tuple[int, ...]
     expert_dim: int  # of the adaptor
+    sharing: Sharing | None = None  # the network of several labels
     # Vectors per id.
     user_sources: int = 1
     item_sources: int = 1
@@ -324,6 +325,7 @@ class ModelSpec(Config):
             embed_dim=config.embed_dim,
             hidden_dims=config.hidden_dims,
             expert_dim=config.expert_dim,
+            sharing=config.sharing,
             user_sources=user_sources,
             item_sources=item_sources,
             user_codes=user_codes,
@@ -375,6 +377,119 @@ class Batch:
     distinct: DistinctItems | None = None  # for batches with many rows; a request's items rarely repeat
     # float32 [b, knowledge_fields, e]: precomputed output for all of these, the user's fields first; replaces them
     adaptor_fields: Tensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+# Several labels of one sample (click and conversion): networks over all fields, with one output per label.
+#
+# A backbone gives one logit, the same for all labels up to a learned weight; what differs between labels is the task of
+# the networks beside it: a shared bottom (Caruana 1997), a mixture of experts with a gate per label (MMoE, Ma et al.,
+# KDD 2018) or experts of all labels beside those of each, in two layers (PLE, Tang et al., RecSys 2020).
+
+
+EXPERTS = 4  # of MMoE
+PLE_EXPERTS = 2  # shared by all labels, and of each label
+
+
+class Mixture(nn.Module):
+    """Experts, one layer each, mixed by the softmax of a gate."""
+
+    def __init__(self, n: int, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.layer, self.shape = nn.Linear(in_dim, n * out_dim), (n, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [b, n, out_dim], not negative. x: float32 [b, in_dim]."""
+        return self.layer(x).relu().unflatten(1, self.shape)
+
+
+def mixed(gate: nn.Module, x: Tensor, experts: Tensor) -> Tensor:
+    """float32 [b, out_dim]. x: the gate's input, float32 [b, in_dim]; experts: float32 [b, n, out_dim]."""
+    return torch.einsum("bn,bnd->bd", torch.softmax(gate(x), dim=1), experts)
+
+
+class SharedBottom(nn.Module):
+    """One network, with a layer per label on top."""
+
+    def __init__(self, tasks: int, in_dim: int, hidden_dims: Sequence[int]) -> None:
+        super().__init__()
+        self.bottom = mlp(in_dim, hidden_dims, DROPOUT)
+        self.towers = nn.Linear(hidden_dims[-1], tasks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [b, tasks]: logits. x: float32 [b, in_dim]."""
+        logits: Tensor = self.towers(self.bottom(x))
+        return logits
+
+
+class MMoE(nn.Module):
+    """Experts shared by all labels, with a gate and a tower per label."""
+
+    def __init__(self, tasks: int, in_dim: int, hidden_dims: Sequence[int]) -> None:
+        super().__init__()
+        self.experts = Mixture(EXPERTS, in_dim, hidden_dims[0])
+        self.gates = nn.ModuleList(nn.Linear(in_dim, EXPERTS) for _ in range(tasks))
+        self.towers = nn.ModuleList(mlp(hidden_dims[0], hidden_dims[1:], DROPOUT, out_dim=1) for _ in range(tasks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See SharedBottom."""
+        experts = self.experts(x)
+        each = zip(self.gates, self.towers, strict=True)
+        return torch.cat([tower(mixed(gate, x, experts)) for gate, tower in each], dim=1)
+
+
+class PLE(nn.Module):
+    """Two layers of experts: in the first the shared part sees the experts of all labels, in the second each label its
+    own and the shared ones.
+    """
+
+    def __init__(self, tasks: int, in_dim: int, hidden_dims: Sequence[int]) -> None:
+        super().__init__()
+        first, second = hidden_dims[0], hidden_dims[min(1, len(hidden_dims) - 1)]
+        n = PLE_EXPERTS
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "experts": nn.ModuleList(Mixture(n, width, out) for _ in range(tasks + 1)),  # the shared ones last
+                    "gates": nn.ModuleList(nn.Linear(width, 2 * n) for _ in range(tasks)),
+                }
+            )
+            for width, out in ((in_dim, first), (first, second))
+        )
+        self.shared_gate = nn.Linear(in_dim, n * (tasks + 1))
+        self.towers = nn.ModuleList(mlp(second, hidden_dims[2:], DROPOUT, out_dim=1) for _ in range(tasks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See SharedBottom."""
+        states = [x] * (len(self.towers) + 1)
+        for layer in self.layers:
+            experts = [own(state) for own, state in zip(layer["experts"], states, strict=True)]  # type: ignore[index]
+            gates = layer["gates"]  # type: ignore[index]
+            new = [
+                mixed(gate, state, torch.cat([own, experts[-1]], dim=1))
+                for gate, state, own in zip(gates, states, experts, strict=False)
+            ]
+            states = [*new, mixed(self.shared_gate, x, torch.cat(experts, dim=1)) if states[-1] is x else new[0]]
+        return torch.cat([tower(state) for tower, state in zip(self.towers, states, strict=False)], dim=1)
+
+
+class TaskHeads(nn.Module):
+    """Logits of all labels from a backbone's and from all fields."""
+
+    NETWORKS: ClassVar = {"shared": SharedBottom, "mmoe": MMoE, "ple": PLE}
+
+    def __init__(self, sharing: Sharing, tasks: int, in_dim: int, hidden_dims: Sequence[int]) -> None:
+        super().__init__()
+        self.network = self.NETWORKS[sharing](tasks, in_dim, hidden_dims)
+        self.weights = nn.Parameter(torch.ones(tasks))  # of the backbone's logit
+
+    def forward(self, logit: Tensor, fields: Tensor) -> Tensor:
+        """float32 [b, tasks]. logit: float32 [b]; fields: float32 [b, n_fields, e]."""
+        logits: Tensor = logit[:, None] * self.weights + self.network(fields.flatten(1))
+        return logits
+
+
+# --------------------------------------------------------------------------------------------------------------- fields
 
 
 class FieldEmbeddings(nn.Module):
@@ -449,6 +564,11 @@ class CTRModel(nn.Module):
             embed_dim=width,
         )
         self.backbone = BACKBONES.load(spec.backbone)(shape, hidden_dims=spec.hidden_dims, dropout=DROPOUT)
+        self.heads = (
+            TaskHeads(spec.sharing, 1 + len(fields.tasks), shape.n_fields * width, spec.hidden_dims)
+            if spec.sharing
+            else None
+        )
         self.adaptor = (
             Adaptor(
                 spec.knowledge_dim,
@@ -465,7 +585,7 @@ class CTRModel(nn.Module):
         )
 
     def forward(self, batch: Batch) -> Tensor:
-        """float32 [b]: logits.
+        """float32 [b]: logits; with further labels [b, 1 + tasks], the primary one first.
 
         Raises ValueError if the model has an adaptor and the batch has no knowledge, or another number of sources.
         """
@@ -478,7 +598,9 @@ class CTRModel(nn.Module):
             knowledge=self.adaptor_fields(batch),
             behaviors=behaviors,
         )
-        return self.backbone(replace(inputs, profile=torch.cat([inputs.profile, *self._sequences(batch, inputs)], 1)))
+        inputs = replace(inputs, profile=torch.cat([inputs.profile, *self._sequences(batch, inputs)], 1))
+        logit: Tensor = self.backbone(inputs)
+        return logit if self.heads is None else self.heads(logit, inputs.fields())
 
     def _sequences(self, batch: Batch, inputs: BackboneInputs) -> list[Tensor]:
         """Mean of the behaviors with a sequence's events, float32 [b or 1, item_fields, e] for each."""

@@ -534,7 +534,7 @@ def train_one(
         return metrics.auc(labels, scores)
 
     progress = Epochs(model, config, trial.seed, train.sizes, worker, checkpoint).train(splits["train"], valid_auc)
-    valid, test = (_scored(model, splits[name], worker) for name in ("valid", "test"))
+    (valid, valid_tasks), (test, test_tasks) = (_scored(model, splits[name], worker) for name in ("valid", "test"))
     items, lengths = _columns(splits["test"].split, "items", "history_lengths")
     slices = slices_of(items, lengths, data.features.item_counts)
     result = TrialResult(
@@ -548,22 +548,31 @@ def train_one(
         parameters=sum(p.numel() for p in model.parameters()),
         resumed=progress.resumed,
         slices=slice_metrics(test.labels, test.scores, slices),
+        tasks={name: {"valid": valid_tasks[name], "test": test_tasks[name]} for name in valid_tasks},
     )
     return Trained(result, model.eval(), test)
 
 
 def score(model: CTRModel, split: SplitBatches, worker: Worker = ALONE) -> np.ndarray:
-    """float64 [n]: probabilities of a split's rows, in order, on every rank; each rank computes a range of them."""
+    """float64 [n]: `score_labels` of the primary label."""
+    return score_labels(model, split, worker)[:, 0]
+
+
+def score_labels(model: CTRModel, split: SplitBatches, worker: Worker = ALONE) -> np.ndarray:
+    """float64 [n, labels]: probabilities of a split's rows, in order, on every rank; each rank computes a range of
+    them.
+    """
     sizes, n = split.split.sizes, len(split.split)
     share = -(-n // worker.world_size)
     start, end = (min(n, share * rank) for rank in (worker.rank, worker.rank + 1))
     model.eval()
     with torch.no_grad(), closing(split.batches(scan_steps(sizes, start, end, _SCORING_ROWS))) as batches:
-        parts = [model(batch) for batch, _ in batches]
-    logits = torch.cat([*parts, torch.empty(0, device=split.device)])
+        parts = [model(batch).flatten(1) if model.heads else model(batch)[:, None] for batch, _ in batches]
+    n_labels = 1 + len(model.spec.features.fields.tasks)
+    logits = torch.cat([*parts, torch.empty(0, n_labels, device=split.device)])
     if worker.world_size > 1:
         # The last ranks may have fewer rows: they pad, and the truncation to n removes exactly that padding.
-        logits = F.pad(logits, (0, share - len(logits)))
+        logits = F.pad(logits, (0, 0, 0, share - len(logits)))
         gathered = [torch.empty_like(logits) for _ in range(worker.world_size)]
         dist.all_gather(gathered, logits)
         logits = torch.cat(gathered)[:n]
@@ -580,9 +589,17 @@ def _columns(split: Split, *names: str) -> list[np.ndarray]:
     return [np.concatenate(column) for column in columns]
 
 
-def _scored(model: CTRModel, split: SplitBatches, worker: Worker) -> ScoredRows:
+def _scored(model: CTRModel, split: SplitBatches, worker: Worker) -> tuple[ScoredRows, dict[str, float]]:
+    """Scores of the primary label, and the AUC of each further one, on the rows where it is known."""
     user_ids, item_ids, labels = _columns(split.split, "user_ids", "item_ids", "labels")
-    return ScoredRows(user_ids, item_ids, labels, score(model, split, worker))
+    scores, tasks = score_labels(model, split, worker), model.spec.features.fields.tasks
+    aucs = {}
+    if tasks:
+        (others,) = _columns(split.split, "others")
+        for at, name in enumerate(tasks):
+            known = ~np.isnan(others[:, at])
+            aucs[name] = metrics.auc(others[known, at], scores[known, 1 + at])
+    return ScoredRows(user_ids, item_ids, labels, scores[:, 0].copy()), aucs
 
 
 def _evaluate(rows: ScoredRows) -> Metrics:

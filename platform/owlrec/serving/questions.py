@@ -162,4 +162,5 @@ class QuestionWriter:
     def _profile(self, asked: Rank) -> dict[str, str]:
         row = self._tables.row("user", asked.user_id) if asked.user_id is not None else None
         known = {f: str(row[f]) for f in self._scenario.profile_fields if row and row.get(f) is not None}
-        return known | {f: v for f, v in asked.profile.items() if f in self._scenario.profile_fields}
+        given = {f: v for f, v in asked.profile.items() if f in self._scenario.profile_fields}
+        return known | {f: ", ".join(v) if isinstance(v, list) else str(v) for f, v in given.items()}

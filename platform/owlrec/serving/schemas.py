@@ -5,7 +5,9 @@ Strict throughout: an id is a JSON integer, never a string, a float or a boolean
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator, model_validator
+
+from owlrec.ids import EventName
 
 BYTES_TYPE = "application/octet-stream"  # raw vectors instead of JSON
 RELEASE_HEADER = "x-owlrec-release"
@@ -168,6 +170,12 @@ class HistoryEntry(Request):
     item_id: Id
     rating: Score | None = None
     taken: bool = True  # false for an item that was shown and passed over
+    event: EventName | None = None  # for models that read events
+
+
+FeatureName = Annotated[str, Field(max_length=64)]
+_Word = Annotated[str, Field(max_length=200)]
+FeatureValue = _Word | StrictInt | StrictFloat | bool | Annotated[list[_Word], Field(max_length=64)]
 
 
 class Rank(Request):
@@ -175,9 +183,10 @@ class Rank(Request):
 
     user_id: Id | None = None
     history: list[HistoryEntry] | None = Field(None, max_length=500)  # latest last; replaces the stored history
-    profile: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=200)]] = Field(
-        default_factory=dict, max_length=32
-    )
+    # Features of the user that override stored ones, and features of the interaction, such as device or position.
+    profile: dict[FeatureName, FeatureValue] = Field(default_factory=dict, max_length=32)
+    context: dict[FeatureName, FeatureValue] = Field(default_factory=dict, max_length=32)
+    time: Annotated[StrictInt, Field(ge=0, le=LARGEST_ID)] | None = None  # ms since 1970, UTC, of hour and weekday; now
     candidates: list[Id] = Field(min_length=1, max_length=MAX_IDS)
     mode: Mode = "ctr"
     top_k: StrictInt = Field(10, ge=1, le=MAX_IDS)
@@ -185,6 +194,7 @@ class Rank(Request):
     llm_weight: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)  # share in a re-ranked score
     deadline_ms: StrictInt = Field(1000, ge=10, le=30_000)
     explain: bool = False
+    labels: bool = False  # whether results have the CTR model's probability of each of its labels
 
     @field_validator("candidates")
     @classmethod
@@ -219,6 +229,7 @@ class Ranked(BaseModel):
     score: float | None = None
     by: Literal["ctr", "llm"]
     explanation: Explanation | None = None  # if `explain` was set
+    labels: dict[str, float] | None = None  # if `labels` was set: `label` is the primary one
 
 
 class RankAnswer(BaseModel):

@@ -13,7 +13,7 @@ A passed-over item is never quoted to an LLM as taken, and has its own token in 
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ from pydantic import BaseModel, PositiveInt, field_validator
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, did_you_mean
-from owlrec.ids import hash_of, rows_of
+from owlrec.ids import EVENTS, hash_of, rows_of
 from owlrec.shards import Card
 
 OUTCOME_COLUMNS = ("rating", "label", "event")  # in a source's interactions; all optional
@@ -32,8 +32,6 @@ SPLITS = ("train", "valid", "test")
 POSITIVE = 0.5  # labels from here on mean taken, and the positive class
 PASSED_OVER = "impression"
 CARRIED = "carried/"  # prefix of interactions' columns that are features or labels, on their way through `prepare`
-EventName = Literal["impression", "click", "cart", "play", "install", "purchase"]
-EVENTS: tuple[EventName, ...] = get_args(EventName)
 EVENT_CODE = "event"  # column of prepared interactions: place among EVENTS, from 1; 0 if unknown
 Rule = Literal["rating_above", "column", "positives_only"]
 # An impression was not passed over if its user acts on it within this time.
