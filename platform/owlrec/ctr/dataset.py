@@ -252,6 +252,8 @@ class WarmStart:
         weights = dict(self.weights)
         for name, (old, new) in tables.items():
             weights[name] = carried_over(weights[name], old, new)
+        for name, sharded in model.sharded_tables.items():
+            sharded.load(weights.pop(f"{name}.weight"), torch.distributed.get_rank())
         model.load_state_dict(weights)
 
 

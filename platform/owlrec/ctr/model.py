@@ -1,8 +1,8 @@
 """The CTR model: KAR's hybrid-expert adaptor, and the whole model of embeddings, adaptor and backbone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -527,6 +527,91 @@ class FieldEmbeddings(nn.Module):
         return torch.cat([coded, torch.where(known, scaled, self.missing)], dim=1)
 
 
+class ShardedTable(nn.Module):
+    """An embedding table whose rows are shared out among the workers of the default group (TorchRec, row-wise), trained
+    by FBGEMM's EXACT_ROWWISE_ADAGRAD in the backward pass: no worker ever holds the whole table.
+
+    All workers must call `forward` equally often. Its weights are outside `parameters` and `state_dict`: each worker
+    has its own (`local`).
+    """
+
+    def __init__(self, rows: int, dim: int, learning_rate: float, device: str) -> None:
+        """Needs TorchRec (the extra `torchrec`)."""
+        super().__init__()
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from torchrec import EmbeddingCollection, EmbeddingConfig
+        from torchrec.distributed.embedding import EmbeddingCollectionSharder
+        from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+        from torchrec.distributed.types import ShardingEnv
+
+        self.shape = (rows, dim)
+        config = EmbeddingConfig(
+            name=_ROWS, embedding_dim=dim, num_embeddings=rows, feature_names=[_ROWS], init_fn=_small_normal
+        )
+        whole = EmbeddingCollection(tables=[config], device=torch.device("meta"))
+        optimizer = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": learning_rate, "eps": 1e-8}
+        sharder, group = EmbeddingCollectionSharder(fused_params=optimizer), torch.distributed.group.WORLD
+        world_size, kind = torch.distributed.get_world_size(), torch.device(device).type
+        plan = construct_module_sharding_plan(
+            whole,
+            {_ROWS: row_wise(compute_kernel="fused")},
+            sharder=sharder,
+            world_size=world_size,
+            local_size=world_size,
+            device_type=kind,
+        )
+        sharded = sharder.shard(whole, plan, ShardingEnv.from_process_group(group), device=torch.device(device))
+        self._sharded = (sharded,)  # in a tuple, so that it is not a submodule: neither AdamW nor DDP may see it
+
+    @property
+    def local(self) -> dict[str, Tensor]:
+        """This worker's rows [n, dim] and their sums of Adagrad [n], as they are in training."""
+        (sharded,) = self._sharded
+        ((rows,), (sums,)) = (
+            _local(values) for values in (sharded.state_dict(), sharded.fused_optimizer.state_dict()["state"])
+        )
+        return {"rows": rows, "sums": sums}
+
+    def load(self, table: Tensor, rank: int) -> None:
+        """Takes this worker's rows of a whole table. table: float32 [rows, dim]."""
+        mine = self.local["rows"]
+        per_worker = -(-self.shape[0] // torch.distributed.get_world_size())
+        mine.copy_(table[rank * per_worker :][: len(mine)])
+
+    def gathered(self, rank: int) -> Tensor | None:
+        """The whole table on rank 0, float32 [rows, dim] on the CPU; None elsewhere. All workers must call it."""
+        mine = self.local["rows"]
+        world_size = torch.distributed.get_world_size()
+        per_worker = -(-self.shape[0] // world_size)
+        padded = F.pad(mine, (0, 0, 0, per_worker - len(mine)))
+        parts = [torch.empty_like(padded) for _ in range(world_size)] if rank == 0 else None
+        torch.distributed.gather(padded, parts)
+        return None if parts is None else torch.cat(parts)[: self.shape[0]].float().cpu()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """float32 [..., dim], zeros for padding. ids: int64."""
+        from torchrec import KeyedJaggedTensor
+
+        flat = ids.flatten()
+        asked = KeyedJaggedTensor(keys=[_ROWS], values=flat, lengths=flat.new_tensor([len(flat)]))
+        (sharded,) = self._sharded
+        rows: Tensor = sharded(asked)[_ROWS].values()
+        return (rows * (flat != PADDING).unsqueeze(1)).unflatten(0, ids.shape)
+
+
+_ROWS = "rows"  # name of a sharded table and its feature
+
+
+def _small_normal(weights: Tensor) -> None:
+    nn.init.normal_(weights, std=_INIT_STD)
+
+
+def _local(state: Mapping[str, Any]) -> list[Tensor]:
+    """Local tensors of the ShardedTensors in a state of TorchRec."""
+    flat = [v for value in state.values() for v in (value.values() if isinstance(value, Mapping) else [value])]
+    return [value.local_shards()[0].tensor for value in flat]
+
+
 class CTRModel(nn.Module):
     """Embeddings, adaptor and backbone.
 
@@ -539,21 +624,25 @@ class CTRModel(nn.Module):
     all_ratings: Tensor
     all_events: Tensor
 
-    def __init__(self, spec: ModelSpec, items: ItemFeatures) -> None:
+    def __init__(
+        self, spec: ModelSpec, items: ItemFeatures, table: Callable[[int, int], nn.Module] | None = None
+    ) -> None:
+        """table: makes the embeddings of an id or a feature from rows and width; by default an nn.Embedding."""
         super().__init__()
         self.spec = spec
+        table = table or plain_table
         self.register_buffer("item_codes", torch.from_numpy(items.codes.astype(np.int64)), persistent=False)
         self.register_buffer("item_attributes", torch.from_numpy(items.attributes.astype(np.int64)), persistent=False)
         self.register_buffer("item_numbers", torch.from_numpy(items.numbers), persistent=False)
         features, width = spec.features, spec.embed_dim
         fields = features.fields
-        self.item = _embedding(features.n_items, width)
-        self.tables = nn.ModuleList(_embedding(size, width) for size in features.tables.values())
+        self.item = table(features.n_items, width)
+        self.tables = nn.ModuleList(table(size, width) for size in features.tables.values())
         self.item_features = FieldEmbeddings(fields.items, list(features.tables), width)
         self.row_features = FieldEmbeddings(fields.row_fields, list(features.tables), width)
-        self.rating = _embedding(OUTCOMES, width)
+        self.rating = plain_table(OUTCOMES, width)
         self.register_buffer("all_ratings", torch.arange(OUTCOMES), persistent=False)
-        self.event = _embedding(len(EVENTS) + 1, width) if fields.events else None
+        self.event = plain_table(len(EVENTS) + 1, width) if fields.events else None
         self.register_buffer("all_events", torch.arange(len(EVENTS) + 1), persistent=False)
         item_fields = 1 + len(fields.items)
         shape = InputShape(
@@ -583,6 +672,11 @@ class CTRModel(nn.Module):
         self.code_fields = (
             CodeFields(spec.user_codes, spec.item_codes, width, init_std=_INIT_STD) if spec.user_codes else None
         )
+
+    @property
+    def sharded_tables(self) -> dict[str, ShardedTable]:
+        """Tables shared out among workers, by name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, ShardedTable)}
 
     def forward(self, batch: Batch) -> Tensor:
         """float32 [b]: logits; with further labels [b, 1 + tasks], the primary one first.
@@ -664,7 +758,8 @@ class CTRModel(nn.Module):
         return torch.stack(forms, dim=2).flatten(1, 2) if forms else None
 
 
-def _embedding(size: int, dim: int) -> nn.Embedding:
+def plain_table(size: int, dim: int) -> nn.Embedding:
+    """Embeddings of `size` codes, each worker's own copy."""
     table = nn.Embedding(size, dim, padding_idx=PADDING)
     nn.init.normal_(table.weight, std=_INIT_STD)
     with torch.no_grad():

@@ -195,7 +195,7 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
 
 def _train_all(workspace: Workspace, spec: GridSpec, worker: Worker) -> None:
     from owlrec.ctr.dataset import WarmStart
-    from owlrec.ctr.trainer import CheckpointFile, export_trial, keep_freed_memory, train_one
+    from owlrec.ctr.trainer import CheckpointFile, all_weights, export_trial, keep_freed_memory, train_one
 
     keep_freed_memory()
     # After a restart some trials are done. All ranks see the same ones: none is exported before every rank joins its
@@ -207,9 +207,10 @@ def _train_all(workspace: Workspace, spec: GridSpec, worker: Worker) -> None:
             path = f"{grid_folder(spec.fingerprint)}/{trial.path}/checkpoint.safetensors"
             checkpoint = CheckpointFile(workspace, path, spec.checkpoint_steps)
             trained = train_one(trial, data, spec.settings, worker, checkpoint, begin)
+            weights = all_weights(trained.model, worker)
             if worker.rank == 0:
-                export_trial(workspace, spec.fingerprint, trained)
-                checkpoint.delete()
+                export_trial(workspace, spec.fingerprint, trained, weights)
+                checkpoint.delete(worker.world_size)
 
 
 def encode_once(workspace: Workspace, spec: GridSpec, pool: Pool | None = None) -> None:
