@@ -26,7 +26,7 @@ workspace: runs/demo
 source: {type: movielens-100k}
 engine: {type: echo}
 """
-KEYS = 76
+KEYS = 77
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "recipe.md"
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "pipelines" / "recipes").glob("*.yaml"))
 
