@@ -34,7 +34,7 @@ BACKBONES = ("dcnv2", "deepfm", "din")
 OURS, KNOWLEDGE, PEER, READY = "owlrec", "owlrec, with knowledge", "fuxictr 2.3.10", "fuxictr, batches ready"
 TABLES = (100_000, 10_000_000)
 KNOWLEDGE_DIM = 384  # MiniLM's
-HISTORY, ATTRIBUTE_VALUES = 10, 4
+HISTORY = 10
 
 
 def main() -> None:
@@ -148,7 +148,7 @@ def _prepare(folder: Path) -> None:
         {
             "item_index": np.arange(len(items.codes)),
             "item_id": items.codes,
-            **{name: list(items.attributes[:, i]) for i, name in enumerate(features.spec.attributes)},
+            **{field.column: list(items.attributes[:, i]) for i, field in enumerate(features.spec.fields.items)},
         }
     ).to_parquet(folder / "items.parquet")
     lengths = (train.history != 0).sum(1)
@@ -246,9 +246,10 @@ def _feature_map(features: Any) -> Any:
     feature_map.features["item_id"] = {
         "type": "categorical", "source": "item", "vocab_size": spec.n_items, "padding_idx": 0,
     }  # fmt: skip
-    for name, size in spec.attributes.items():
-        feature_map.features[name] = {
-            "type": "sequence", "source": "item", "vocab_size": size, "padding_idx": 0, "max_len": ATTRIBUTE_VALUES,
+    for field in spec.fields.items:
+        size, most = spec.tables[field.table], max(other.width for other in spec.fields.items)
+        feature_map.features[field.column] = {
+            "type": "sequence", "source": "item", "vocab_size": size, "padding_idx": 0, "max_len": most,
             "feature_encoder": "layers.MaskedAveragePooling()",
         }  # fmt: skip
     feature_map.labels, feature_map.default_emb_dim = ["label"], 32

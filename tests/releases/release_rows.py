@@ -115,7 +115,7 @@ def publish_rows(workspace: Workspace, label: str, rows: Rows, delta_of: str | N
 
 def listed(rows: np.ndarray | None) -> list[Behavior] | None:
     """Behaviors as a release gives them, None in place of NaN."""
-    return rows if rows is None else [(t, i, None if r != r else r, label) for t, i, r, label in rows.tolist()]
+    return rows if rows is None else [(t, i, None if r != r else r, label) for t, i, r, label, _ in rows.tolist()]
 
 
 def check(store: KnowledgeStore, rows: Rows, ids: range) -> None:

@@ -109,8 +109,11 @@ def recent_of(served: ServedReleases) -> Recent:
     def recent(user: int) -> list[tuple[int, float | None]]:
         with served.lease() as release:
             (recorded,) = release.store.behaviors([user])
-        rows = [] if recorded is None else recorded[taken(recorded["rating"], recorded["label"])].tolist()
-        return [(item, None if math.isnan(rating) else rating) for _, item, rating, _ in rows]
+        if recorded is None:
+            return []
+        rows = recorded[taken(recorded["rating"], recorded["label"])]
+        pairs = zip(rows["item"].tolist(), rows["rating"].tolist(), strict=True)
+        return [(item, None if math.isnan(rating) else rating) for item, rating in pairs]
 
     return recent
 

@@ -3,9 +3,18 @@
 Strict throughout: an id is a JSON integer, never a string, a float or a boolean, and an unknown key is an error.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StrictInt,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from owlrec.ids import EventName
 
@@ -174,8 +183,28 @@ class HistoryEntry(Request):
 
 
 FeatureName = Annotated[str, Field(max_length=64)]
-_Word = Annotated[str, Field(max_length=200)]
-FeatureValue = _Word | StrictInt | StrictFloat | bool | Annotated[list[_Word], Field(max_length=64)]
+_LONGEST_WORD, _MOST_WORDS = 200, 64
+_WORD = {"type": "string", "maxLength": _LONGEST_WORD}
+
+
+def _feature_value(value: Any) -> Any:
+    """One validator, so that an error names the field and not each form that it might have had."""
+    words = value if isinstance(value, list) else [value] if isinstance(value, str) else []
+    if not all(isinstance(word, str) and len(word) <= _LONGEST_WORD for word in words) or len(words) > _MOST_WORDS:
+        raise ValueError(f"must be at most {_MOST_WORDS} texts of at most {_LONGEST_WORD} characters")
+    if not isinstance(value, list | str | bool | int | float) or value != value:
+        raise ValueError("must be a text, a list of texts, a number or a boolean")
+    return value
+
+
+FeatureValue = Annotated[
+    str | int | float | bool | list[str],
+    PlainValidator(_feature_value),
+    WithJsonSchema(
+        {"anyOf": [_WORD, {"type": "number"}, {"type": "boolean"},
+                   {"type": "array", "items": _WORD, "maxItems": _MOST_WORDS}]}
+    ),
+]  # fmt: skip
 
 
 class Rank(Request):
