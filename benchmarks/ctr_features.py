@@ -4,8 +4,8 @@ Data: a planted shop. Clicks follow a user's mood, an item's quality, genres, in
 price, the device, the position and the hour, and whether a genre was put into the cart before; 43,200 training rows.
 Both sides get the same encoded columns: ids, categories, lists, a price in buckets, two logarithms, and the last ten
 behaviors with their items' features, outcomes and events, as means. The peer's model is put together from its
-FeatureEmbedding, CrossNetV2 and MLP_Block, and trained by its `train_epoch`; the same widths, batch, learning rate, Adam
-and early stopping on valid. Three seeds.
+FeatureEmbedding, CrossNetV2 and MLP_Block, and trained by its `train_epoch`; the same widths, batch, learning rate,
+Adam and early stopping on valid. Three seeds.
 
 A request scores 200 candidates of a user with a history, by the exported model's path without HTTP.
 

@@ -207,7 +207,7 @@ def test_profile_is_taken_from_the_request_where_it_names_a_field(exported: Expo
 
 def test_a_history_and_ratings_of_two_lengths_are_refused(exported: Exported) -> None:
     scorer, live = exported.scorer(), exported.live
-    with pytest.raises(SchemaError, match="2 behaviors, 1 ratings and 2 outcomes"):
+    with pytest.raises(SchemaError, match="2 behaviors, 1 ratings, 2 outcomes"):
         scorer.score(User(1, [1, 2], [3.0]), [3], live)
 
 

@@ -12,7 +12,7 @@ from worlds import write_vectors, write_world
 from owlrec.ctr.artifact import ModelCard, finish_artifact, write_artifact
 from owlrec.ctr.dataset import WarmStart, carried_over, encode_tables, grown, open_features, open_tables, reduce_once
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
-from owlrec.ctr.features import RESERVED, UNKNOWN, FeatureSchema, Grades, Vocabularies
+from owlrec.ctr.features import RESERVED, UNKNOWN, FeatureSchema, Field, Grades, Vocabularies
 from owlrec.ctr.trainer import TrainingData, export_trial, read_vocabularies, train_one
 from owlrec.encoding.compression import Projection
 from owlrec.errors import RecipeError, WorkspaceError
@@ -65,6 +65,21 @@ def test_vocabularies_grow_and_keep_what_the_items_table_still_has() -> None:
     assert both.items.to_pylist() == [3, 4, 5]
     assert both.values["items/genres"].to_pylist() == ["a", "b"]
     assert both.grades == before.grades
+
+
+def test_buckets_and_scales_stay_those_of_the_artifact() -> None:
+    def fitted(edge: float, mean: float, width: int = 1, column: str = "price") -> Vocabularies:
+        fields = FeatureSchema(
+            items=(Field(column=column, type="quantiles", table="items/price", edges=(edge,)),
+                   Field(column="tags", type="categorical", table="tag", width=width)),
+            users=(Field(column="income", type="log", mean=mean),),
+        )  # fmt: skip
+        return Vocabularies(pa.array([3]), {"tag": pa.array(["a"])}, fields, Grades(1, 5))
+
+    before = fitted(3.0, 2.0)
+    assert grown(fitted(9.0, 7.0, width=4), before, np.array([3])).fields == before.fields
+    other = fitted(9.0, 7.0, column="cost")
+    assert grown(other, before, np.array([3])).fields == other.fields  # which load_into refuses
 
 
 def test_a_model_goes_on_from_the_weights_of_an_artifact(workspace: Workspace, artifact: str, toy_world: Any) -> None:

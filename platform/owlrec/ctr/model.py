@@ -503,7 +503,7 @@ class FieldEmbeddings(nn.Module):
         self._coded = [(tables.index(f.table), f.width) for f in fields if f.type != "log"]
         n = len(fields) - len(self._coded)
         # DistributedDataParallel refuses parameters without a gradient, so without numbers there are none.
-        self._scaled, self._dim = n > 0, dim
+        self.reads_codes, self.reads_numbers, self._dim = bool(self._coded), n > 0, dim
         if n:
             self.scale, self.bias, self.missing = (nn.Parameter(torch.randn(n, dim) * _INIT_STD) for _ in range(3))
 
@@ -520,7 +520,7 @@ class FieldEmbeddings(nn.Module):
             n_values = (values != PADDING).sum(1, keepdim=True).clamp(min=1)
             parts.append(tables[table](values).sum(1) / n_values)
         coded = torch.stack(parts, dim=1) if parts else numbers.new_zeros(len(codes), 0, self._dim)
-        if not self._scaled:
+        if not self.reads_numbers:
             return coded
         known = ~numbers.isnan().unsqueeze(2)
         scaled = numbers.nan_to_num().unsqueeze(2) * self.scale + self.bias
@@ -632,8 +632,10 @@ class CTRModel(nn.Module):
         self.spec = spec
         table = table or plain_table
         self.register_buffer("item_codes", torch.from_numpy(items.codes.astype(np.int64)), persistent=False)
-        self.register_buffer("item_attributes", torch.from_numpy(items.attributes.astype(np.int64)), persistent=False)
-        self.register_buffer("item_numbers", torch.from_numpy(items.numbers), persistent=False)
+        # Only those with columns: torch.export (2.13) cannot save two empty buffers.
+        for name, array in (("item_attributes", items.attributes.astype(np.int64)), ("item_numbers", items.numbers)):
+            if array.size:
+                self.register_buffer(name, torch.from_numpy(array), persistent=False)
         features, width = spec.features, spec.embed_dim
         fields = features.fields
         self.item = table(features.n_items, width)
@@ -739,8 +741,13 @@ class CTRModel(nn.Module):
 
     def embed_items(self, rows: Tensor) -> Tensor:
         """rows: int64 [u]. Returns float32 [u, item_fields, embed_dim]: the id, then the features."""
-        features = self.item_features(self.tables, self.item_attributes[rows], self.item_numbers[rows])
-        return torch.cat([self.item(self.item_codes[rows]).unsqueeze(1), features], dim=1)
+        ids = self.item(self.item_codes[rows]).unsqueeze(1)
+        if not self.spec.features.fields.items:
+            return ids
+        none = ids[:, :0, 0]
+        codes = self.item_attributes[rows] if self.item_features.reads_codes else none
+        numbers = self.item_numbers[rows] if self.item_features.reads_numbers else none
+        return torch.cat([ids, self.item_features(self.tables, codes, numbers)], dim=1)
 
     def adaptor_fields(self, batch: Batch) -> Tensor | None:
         """float32 [b, knowledge_fields, e]: the user's fields, then the item's; None for an arm without knowledge."""
