@@ -159,7 +159,7 @@ def _export(options: argparse.Namespace) -> Iterator[Figure]:
         users, items = (workspace.read_table(name) for name in ("users", "items"))
         samples = all_samples(workspace)
         attributes = [f for f in recipe.domain.text_fields if f in items.column_names]
-        features = build_features(users, items, samples, attributes=attributes, profile=[], min_item_count=2)
+        features = build_features(users, items, samples, features={"items": attributes, "users": ()}, min_item_count=2)
         rng = np.random.default_rng(0)
         kind_tables = {
             kind: KnowledgeTable(np.sort(ids), rng.normal(size=(len(ids), 384)).astype(np.float16))
@@ -280,7 +280,11 @@ def _cold_items(
     """Knowledge against shuffled knowledge where ids tell least."""
     users, items = (workspace.read_table(name) for name in ("users", "items"))
     features = build_features(
-        users, items, all_samples(workspace), attributes=[], profile=[], min_item_count=recipe.ctr.min_item_count
+        users,
+        items,
+        all_samples(workspace),
+        features={"items": (), "users": ()},
+        min_item_count=recipe.ctr.min_item_count,
     )
     test = features.splits["test"].whole()
     cold = slices_of(test.items, test.history_lengths, features.item_counts).get("cold items")

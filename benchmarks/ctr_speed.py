@@ -34,7 +34,7 @@ BACKBONES = ("dcnv2", "deepfm", "din")
 OURS, KNOWLEDGE, PEER, READY = "owlrec", "owlrec, with knowledge", "fuxictr 2.3.10", "fuxictr, batches ready"
 TABLES = (100_000, 10_000_000)
 KNOWLEDGE_DIM = 384  # MiniLM's
-HISTORY, ATTRIBUTE_VALUES = 10, 4
+HISTORY = 10
 
 
 def main() -> None:
@@ -148,7 +148,7 @@ def _prepare(folder: Path) -> None:
         {
             "item_index": np.arange(len(items.codes)),
             "item_id": items.codes,
-            **{name: list(items.attributes[:, i]) for i, name in enumerate(features.spec.attributes)},
+            **{field.column: list(items.attributes[:, i]) for i, field in enumerate(features.spec.fields.items)},
         }
     ).to_parquet(folder / "items.parquet")
     lengths = (train.history != 0).sum(1)
@@ -166,7 +166,7 @@ def _movielens() -> Any:
     split = SplitConfig(history_length=HISTORY, cuts=("kar",))
     samples = build_samples(raw.interactions, split, RATED).samples
     return build_features(
-        raw.users, raw.items, samples, attributes=("genres", "year"), profile=(), min_item_count=2
+        raw.users, raw.items, samples, features={"items": ("genres", "year"), "users": ()}, min_item_count=2
     )  # fmt: skip
 
 
@@ -246,9 +246,10 @@ def _feature_map(features: Any) -> Any:
     feature_map.features["item_id"] = {
         "type": "categorical", "source": "item", "vocab_size": spec.n_items, "padding_idx": 0,
     }  # fmt: skip
-    for name, size in spec.attributes.items():
-        feature_map.features[name] = {
-            "type": "sequence", "source": "item", "vocab_size": size, "padding_idx": 0, "max_len": ATTRIBUTE_VALUES,
+    for field in spec.fields.items:
+        size, most = spec.tables[field.table], max(other.width for other in spec.fields.items)
+        feature_map.features[field.column] = {
+            "type": "sequence", "source": "item", "vocab_size": size, "padding_idx": 0, "max_len": most,
             "feature_encoder": "layers.MaskedAveragePooling()",
         }  # fmt: skip
     feature_map.labels, feature_map.default_emb_dim = ["label"], 32
@@ -303,14 +304,15 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
 
     from owlrec.ctr.batches import SplitTensors
     from owlrec.ctr.experiment import CTRConfig
-    from owlrec.ctr.features import RESERVED, FeatureSpec, Histories, ItemFeatures, SampleFeatures
+    from owlrec.ctr.features import RESERVED, FeatureSchema, FeatureSpec, Histories, ItemFeatures, SampleFeatures
     from owlrec.ctr.model import CTRModel, ModelSpec
     from owlrec.ctr.trainer import Optimizers
 
     rng = np.random.default_rng(0)
     codes = np.arange(n_items + RESERVED, dtype=np.int32)
-    items = ItemFeatures(np.arange(n_items), codes, np.zeros((n_items + RESERVED, 0, ATTRIBUTE_VALUES), np.int32))
-    spec = FeatureSpec(n_items=n_items + RESERVED, attributes={}, profile={}, history_length=HISTORY)
+    items = ItemFeatures(np.arange(n_items), codes, np.zeros((n_items + RESERVED, 0, 1), np.int32),
+                         np.zeros((n_items + RESERVED, 0), np.float32))  # fmt: skip
+    spec = FeatureSpec(n_items=n_items + RESERVED, tables={}, fields=FeatureSchema(), history_length=HISTORY)
     n = steps * BATCH
     split = SplitTensors(
         SampleFeatures(
@@ -320,7 +322,7 @@ def _table_step(n_items: int, steps: int) -> dict[str, float]:
                 np.arange(n) * HISTORY, np.full(n, HISTORY, np.int32),
                 rng.integers(RESERVED, n_items, n * HISTORY, np.int32), np.ones(n * HISTORY, np.uint8), HISTORY,
             ),
-            profile=np.zeros((n, 0), np.int32),
+            fields=np.zeros((n, 0, 1), np.int32), numbers=np.zeros((n, 0), np.float32),
             labels=rng.integers(0, 2, n).astype(np.float32),
         ),
         None, "cpu",

@@ -134,7 +134,11 @@ def model_aucs(world: PlantedWorld, pairs: DistillationConfig, config: CTRConfig
             write_planted(workspace, world, 1.0 if name == "all" else SHARE, seed)
             soft_labels = _soft_labels(workspace, TEACHERS[name], pairs) if name in TEACHERS else None
             encode_tables(
-                workspace, "grid", attributes=["genre"], profile=[], min_item_count=1, soft_labels=soft_labels
+                workspace,
+                "grid",
+                features={"items": ("genre",), "users": ()},
+                min_item_count=1,
+                soft_labels=soft_labels,
             )
             kind_tables = {
                 "user": trait_vectors(world.user_traits, seed=1),

@@ -63,7 +63,7 @@ class PlantedWorld:
     def data(self, user: KnowledgeTable, item: KnowledgeTable) -> TrainingData:
         """What trials train on, with these vectors for knowledge."""
         features = build_features(
-            self.users, self.items, self.samples, attributes=["genre"], profile=[], min_item_count=1
+            self.users, self.items, self.samples, features={"items": ("genre",), "users": ()}, min_item_count=1
         )
         tables = reduced({"user": user, "item": item}, CTRConfig().knowledge_dim)  # as `train_ctr` does
         return TrainingData(features, {"knowledge": tables})

@@ -68,7 +68,7 @@ def ctr_scores(recipe: Recipe, workspace: Workspace, samples: pa.Table, asked: p
     """DIN's, trained on the whole train split: float64 [rows of asked]."""
     known = samples.filter(pc.not_equal(samples["split"], "test")).select(asked.column_names)
     features = features_of(workspace, recipe.domain, pa.concat_tables([known, asked]))
-    test = train("din", features, CTRConfig(epochs=10, patience=2, use_profile=True), seed=0).test
+    test = train("din", features, CTRConfig(epochs=10, patience=2), seed=0).test
     assert np.array_equal(test.item_ids, asked["item_id"].to_numpy())
     return test.scores
 

@@ -22,7 +22,7 @@ def ctr_results(workspace: Workspace, scenario: Scenario, ranking: RankingConfig
     seeds = {"train": seed, "valid": run.evaluation_seed, "test": run.evaluation_seed}
     rows = [draw_shots(samples, None, seeds[split], split)[:limit] for split, limit in limits.items()]
     features = features_of(workspace, scenario, samples.take(pa.array(np.concatenate(rows))))
-    few = CTRConfig(batch_size=64, epochs=60, patience=5, use_profile=True)
+    few = CTRConfig(batch_size=64, epochs=60, patience=5)
     results = []
     for name in BACKBONES:
         auc = train(name, features, few, seed).result.test.auc
@@ -33,13 +33,15 @@ def ctr_results(workspace: Workspace, scenario: Scenario, ranking: RankingConfig
 
 def features_of(workspace: Workspace, scenario: Scenario, samples: pa.Table) -> Features:
     """Of samples of all three splits; vocabularies are those of their train rows."""
-    items = workspace.read_table("items")
+    users, items = (workspace.read_table(name) for name in ("users", "items"))
     return build_features(
-        workspace.read_table("users"),
+        users,
         items,
         samples,
-        attributes=[name for name in scenario.text_fields if name in items.column_names],
-        profile=scenario.profile_fields,
+        features={
+            "items": tuple(name for name in scenario.text_fields if name in items.column_names),
+            "users": tuple(name for name in scenario.profile_fields if name in users.column_names),
+        },
         min_item_count=2,
     )
 

@@ -291,9 +291,9 @@ def offline_scores(workspace: Workspace, artifact: str, users: list[int], candid
             outcomes = grades.tokens(behaviors["rating"].astype(float), behaviors["label"])
             starts, lengths = np.zeros(n, np.int64), np.full(n, len(behaviors), np.int32)
             histories = Histories(starts, lengths, items.rows(behaviors["item"]), outcomes, length)
-            none = np.zeros((n, 0), np.int32)
+            none = np.zeros((n, 0, 1), np.int32), np.zeros((n, 0), np.float32)
             user_ids = np.full(n, user)
-            samples = SampleFeatures(user_ids, candidates, items.rows(candidates), histories, none, np.zeros(n))
+            samples = SampleFeatures(user_ids, candidates, items.rows(candidates), histories, *none, np.zeros(n))
             batch = SplitTensors(samples, Tables((tables[0],), (tables[1],)), "cpu").batch(torch.arange(n))
             scores.append(model(batch).double().sigmoid().numpy())
     return scores

@@ -357,7 +357,7 @@ def _aucs(
 ) -> Iterator[Figure]:
     """Each arm's model trained and tested on what was known before each sample, and its difference to `fixed`."""
     features = build_features(
-        raw.users, raw.items, _samples(raw, start, end), attributes=["genres"], profile=[], min_item_count=2
+        raw.users, raw.items, _samples(raw, start, end), features={"items": ("genres",), "users": ()}, min_item_count=2
     )
     tables = reduced(tables, CTRConfig().knowledge_dim)  # as `train_ctr` does
     fixed, partitions, items = tables["fixed"], tables["partitions"], tables["items"]

@@ -26,7 +26,7 @@ workspace: runs/demo
 source: {type: movielens-100k}
 engine: {type: echo}
 """
-KEYS = 76
+KEYS = 77
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "recipe.md"
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "pipelines" / "recipes").glob("*.yaml"))
 
@@ -52,8 +52,8 @@ def test_defaults_fill_what_is_left_out(tmp_path: Path) -> None:
 
 
 def test_a_bare_off_is_a_word_and_not_false(tmp_path: Path) -> None:
-    recipe = load(tmp_path, GOOD + "decoding: {mode: off}\ntraining: {use_gpu: yes}\nctr: {use_profile: true}\n")
-    assert (recipe.decoding.mode, recipe.training.use_gpu, recipe.ctr.use_profile) == ("off", True, True)
+    recipe = load(tmp_path, GOOD + "decoding: {mode: off}\ntraining: {use_gpu: yes}\ncohorts: {}\n")
+    assert (recipe.decoding.mode, recipe.training.use_gpu, recipe.cohorts is not None) == ("off", True, True)
 
 
 def test_most_replicas_can_be_overridden(tmp_path: Path) -> None:

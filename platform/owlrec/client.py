@@ -32,6 +32,7 @@ from owlrec.serving.schemas import (
     REQUEST_ID_HEADER,
     BatchAnswer,
     BatchGet,
+    FeatureValue,
     FieldError,
     Health,
     HistoryEntry,
@@ -253,13 +254,16 @@ class RankOptions(TypedDict, total=False):
 
     user_id: int | None
     history: Sequence[HistoryEntry | dict[str, Any]] | None  # latest last; replaces the stored history
-    profile: dict[str, str]
+    profile: Mapping[str, FeatureValue]
+    context: Mapping[str, FeatureValue]
+    time: int | None
     mode: Mode
     top_k: int
     rerank: int
     llm_weight: float
     deadline_ms: int
     explain: bool
+    labels: bool
 
 
 def get_call(kind: Kind, id: int, fields: Sequence[What]) -> Call[SingleAnswer | None]:

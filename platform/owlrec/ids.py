@@ -22,8 +22,10 @@ TABLE_KINDS: dict[str, Kind] = {
     "histories": "user",
     "samples": "user",
 }
-# One of them in memory; NaN: not graded.
-BEHAVIOR = np.dtype([("time", "<i8"), ("item", "<i8"), ("rating", "<f4"), ("label", "<f4")])
+EventName = Literal["impression", "click", "cart", "play", "install", "purchase"]
+EVENTS: tuple[EventName, ...] = get_args(EventName)
+# A behavior in memory. rating: NaN if not graded; event: place among EVENTS, from 1; 0 if unknown.
+BEHAVIOR = np.dtype([("time", "<i8"), ("item", "<i8"), ("rating", "<f4"), ("label", "<f4"), ("event", "u1")])
 
 
 def stable_id(raw: str) -> int:

@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from owlrec.cohorts.cohort_model import CohortsConfig
 from owlrec.config import Config, Registry
 from owlrec.ctr.experiment import CTRConfig, WorkersConfig
+from owlrec.ctr.features import FeatureSections
 from owlrec.encoding.vectors import EncoderConfig
 from owlrec.errors import RecipeError, SourceError, did_you_mean
 from owlrec.generation import EngineSection
@@ -49,6 +50,7 @@ class Recipe(Config):
     source: SourceConfig
     split: SplitConfig = SplitConfig()
     labels: LabelConfig = LabelConfig()
+    features: FeatureSections = {}  # what CTR models read; what is not named follows from the tables
     shard_rows: int = Field(1024, ge=1)  # approximate users or items per shard, the unit of resuming
     cohorts: CohortsConfig | None = None  # None = no cohorts; `cohorts: {}` builds them with the defaults
     prompts: PromptConfig = PromptConfig()

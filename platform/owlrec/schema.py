@@ -90,6 +90,7 @@ BEHAVIORS = pa.schema(
         ("items", pa.list_(pa.int64())),
         ("ratings", pa.list_(pa.float32())),  # null if not graded
         ("labels", pa.list_(pa.float32())),
+        ("events", pa.list_(pa.uint8())),  # place among outcomes.EVENTS, from 1; 0 if unknown
     ]
 )
 # Prompts that were made before the shard that asks them: of cohorts, and of a refresh.

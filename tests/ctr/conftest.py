@@ -27,9 +27,7 @@ class ToyWorld:
     @property
     def data(self) -> TrainingData:
         """All sources hold the same vectors here; of older interest partitions there is one, a millisecond older."""
-        features = build_features(
-            self.users, self.items, self.samples, attributes=["genres"], profile=["gender"], min_item_count=1
-        )
+        features = build_features(self.users, self.items, self.samples, min_item_count=1)
         kind_tables = dict(zip(("user", "item"), self.vectors, strict=True))
         sources = {source: kind_tables for source in ("knowledge", "collective", "metadata")}
         partition = dataclasses.replace(self.vectors[0], as_of=np.full(N_USERS, -1))

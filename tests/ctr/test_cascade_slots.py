@@ -105,8 +105,8 @@ def test_the_arm_streaming_reads_partitions_and_what_it_reads_differs_from_knowl
         none = np.zeros(0, np.int32)
         histories = Histories(np.zeros(2, np.int64), np.zeros(2, np.int32), none, none, 1)
         samples = SampleFeatures(
-            np.array([1, 2]), np.array([9, 9]), np.zeros(2, np.int32), histories, np.zeros((2, 0), np.int32),
-            np.zeros(2, np.float32), np.array([25, 15]),
+            np.array([1, 2]), np.array([9, 9]), np.zeros(2, np.int32), histories, np.zeros((2, 0, 1), np.int32),
+            np.zeros((2, 0), np.float32), np.zeros(2, np.float32), np.array([25, 15]),
         )  # fmt: skip
         user = SplitTensors(samples, tables, "cpu").batch(torch.arange(2)).user
         assert user is not None

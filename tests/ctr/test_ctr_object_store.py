@@ -21,7 +21,7 @@ def figures(workspace: Workspace, world: Any) -> tuple[Any, np.ndarray, np.ndarr
     write_world(workspace, world, n_shards=4)
     for kind, table in zip(KINDS, world.vectors, strict=True):
         write_vectors(workspace, "vectors/abc", f"knowledge-{kind}", table)
-    encode_tables(workspace, grid_folder(GRID), attributes=["genres"], profile=["gender"], min_item_count=1)
+    encode_tables(workspace, grid_folder(GRID), min_item_count=1)
     folders = reduce_once(workspace, {"knowledge": dict.fromkeys(KINDS, "vectors/abc")}, 4, GRID)
     data = TrainingData(open_features(workspace, grid_folder(GRID)), open_tables(workspace, folders, held=False))
     trained = train_one(TRIAL, data, CONFIG)

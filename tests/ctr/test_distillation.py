@@ -114,7 +114,7 @@ def encoded(workspace: Workspace, world: Any, rows: pa.Table, alpha: float = 0.5
         own = rows.filter(pa.array(shards == number))
         workspace.write_parquet(f"soft-labels/x/user/{shard_file(number)}", own)
     taught = SoftLabels("soft-labels/x", alpha)
-    options: dict[str, Any] = {"attributes": ["genres"], "profile": [], "min_item_count": 1}
+    options: dict[str, Any] = {"features": {"users": ()}, "min_item_count": 1}
     encode_tables(workspace, folder, soft_labels=taught, **options)
     return open_features(workspace, folder)
 

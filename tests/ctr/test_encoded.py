@@ -16,21 +16,21 @@ from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.errors import SchemaError
 from owlrec.workspace import Workspace
 
-OPTIONS: dict[str, Any] = {"attributes": ["genres"], "min_item_count": 2}
+OPTIONS: dict[str, Any] = {"min_item_count": 2}
 GRID = "ctr/abc"
-COLUMNS = ("user_ids", "item_ids", "items", "history", "ratings", "profile", "labels")
+COLUMNS = ("user_ids", "item_ids", "items", "history", "ratings", "fields", "numbers", "labels")
 
 
 def by_shard(workspace: Workspace, world: Any, n_shards: int, profile: list[str]) -> Features:
     write_world(workspace, world, n_shards)
-    encode_tables(workspace, GRID, profile=profile, **OPTIONS)
+    encode_tables(workspace, GRID, features={"users": profile}, **OPTIONS)
     return open_features(workspace, GRID)
 
 
 def in_memory(workspace: Workspace, world: Any, profile: list[str]) -> Features:
     """Of the samples in the order of the shards."""
     shards = [encoded_order(workspace, world, number) for number in workspace.table_shards("samples")]
-    return build_features(world.users, world.items, pa.concat_tables(shards), profile=profile, **OPTIONS)
+    return build_features(world.users, world.items, pa.concat_tables(shards), features={"users": profile}, **OPTIONS)
 
 
 def encoded_order(workspace: Workspace, world: Any, number: int) -> pa.Table:
@@ -93,9 +93,9 @@ def test_an_interrupted_encoding_goes_on_from_its_shards(
     seen: list[str] = []
     monkeypatch.setattr(encoded.EncodeSamples, "run", counting)
     with pytest.raises(SchemaError, match="interrupted"):
-        encode_tables(workspace, GRID, profile=[], **OPTIONS)
+        encode_tables(workspace, GRID, features={"users": ()}, **OPTIONS)
     for _ in range(2):  # the second time all is there
-        encode_tables(workspace, GRID, profile=[], **OPTIONS)
+        encode_tables(workspace, GRID, features={"users": ()}, **OPTIONS)
     assert sorted(made) == [0, 1, 2, 3]
 
 
@@ -103,7 +103,7 @@ def test_bad_samples_leave_nothing_that_passes_for_complete(workspace: Workspace
     write_world(workspace, toy_world)
     write_samples(workspace, toy_world.samples.slice(0, 100))
     with pytest.raises(SchemaError, match="split 'valid' has 0 rows"):
-        encode_tables(workspace, GRID, profile=[], **OPTIONS)
+        encode_tables(workspace, GRID, features={"users": ()}, **OPTIONS)
     assert not workspace.exists(GRID, "samples", "done.json")
 
 
@@ -116,7 +116,7 @@ def test_a_label_outside_zero_to_one_is_named_with_its_file_and_row(workspace: W
     changed = samples.set_column(column, "label", pa.array(labels, pa.float32()))
     workspace.write_parquet("tables/samples/00000000.parquet", changed)
     with pytest.raises(SchemaError, match=r"samples/00000000.parquet, row 7: the label is 1.5"):
-        encode_tables(workspace, GRID, profile=[], **OPTIONS)
+        encode_tables(workspace, GRID, features={"users": ()}, **OPTIONS)
 
 
 def test_only_the_first_shards_of_a_large_split_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:

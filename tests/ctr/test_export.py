@@ -14,7 +14,7 @@ from owlrec.errors import WorkspaceError
 from owlrec.evaluation import auc, gauc
 from owlrec.workspace import Workspace
 
-CONFIG = CTRConfig(batch_size=256, epochs=1, embed_dim=8, hidden_dims=(16, 8), use_profile=True)
+CONFIG = CTRConfig(batch_size=256, epochs=1, embed_dim=8, hidden_dims=(16, 8))
 FINGERPRINT = "0123456789abcdef" * 4
 
 

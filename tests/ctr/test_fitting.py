@@ -246,8 +246,9 @@ def test_two_ranks_train_and_score_as_one(data: TrainingData, tmp_path: Path) ->
     expected = score(one.model, split)
     assert len(first["scores"]) == len(expected)
     np.testing.assert_array_equal(first["scores"], second["scores"])
-    # Averaged gradients of two half batches are the whole batch's gradient, up to float32 rounding.
-    np.testing.assert_allclose(first["scores"], expected, atol=2e-3)
+    # Averaged gradients of two half batches are the whole batch's gradient, up to float32 rounding, which AdamW
+    # enlarges where gradients are small.
+    np.testing.assert_allclose(first["scores"], expected, atol=1e-2)
     for name in one.model.state_dict():
         np.testing.assert_array_equal(first[name], second[name])
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from owlrec.ctr.batches import SplitTensors, Tables
 from owlrec.ctr.experiment import CTRConfig, Trial
-from owlrec.ctr.features import Grades, Vocabularies, encode_items, encode_samples
+from owlrec.ctr.features import FeatureSchema, Grades, Vocabularies, encode_items, encode_samples
 from owlrec.ctr.knowledge_tables import KnowledgeTable
 from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.encoding.inputs import Members, Resources
@@ -51,7 +51,7 @@ def table_of(texts: set[tuple[int, int]]) -> KnowledgeTable:
 def read_by(samples: pa.Table, users: KnowledgeTable, items: KnowledgeTable) -> tuple[np.ndarray, np.ndarray]:
     """What the model gets of each sample: as_of (ms) of the user's and of the item's text, -1 for the default."""
     none = pa.array([], pa.string())
-    vocabularies = Vocabularies(pa.array(np.arange(N_ITEMS)), {}, {}, Grades(1, 5))
+    vocabularies = Vocabularies(pa.array(np.arange(N_ITEMS)), {}, FeatureSchema(), Grades(1, 5))
     features = encode_samples(
         samples, pa.table({"user_id": none}), encode_items([ITEMS], vocabularies), vocabularies, 5
     )

@@ -37,7 +37,7 @@ from owlrec.sources.splits import last_behaviors
 from owlrec.workspace import Workspace
 
 torch.set_num_threads(1)
-CONFIG = CTRConfig(batch_size=256, epochs=1, embed_dim=8, hidden_dims=(16, 8), use_profile=True)
+CONFIG = CTRConfig(batch_size=256, epochs=1, embed_dim=8, hidden_dims=(16, 8))
 GRID = "0123456789abcdef" * 4
 NOBODY, NOTHING = 10**12, 10**13  # ids that no table has
 
@@ -124,7 +124,7 @@ def requests(world: Any, n: int) -> list[tuple[User, int]]:
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("arm", ["none", "knowledge"])
+@pytest.mark.parametrize("arm", ["knowledge"])
 def test_both_paths_score_as_the_trainer_did(workspace: Workspace, toy_world: Any, backbone: str, arm: Arm) -> None:
     made = export(workspace, toy_world, backbone, arm)
     by_model, by_program = (made.scorer(program=p) for p in (False, True))
@@ -207,7 +207,7 @@ def test_profile_is_taken_from_the_request_where_it_names_a_field(exported: Expo
 
 def test_a_history_and_ratings_of_two_lengths_are_refused(exported: Exported) -> None:
     scorer, live = exported.scorer(), exported.live
-    with pytest.raises(SchemaError, match="2 behaviors, 1 ratings and 2 outcomes"):
+    with pytest.raises(SchemaError, match="2 behaviors, 1 ratings, 2 outcomes"):
         scorer.score(User(1, [1, 2], [3.0]), [3], live)
 
 

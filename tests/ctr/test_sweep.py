@@ -27,8 +27,7 @@ def test_the_better_learning_rate_comes_first(ray_local: None, workspace: Worksp
         trials=(GRID[0],),
         knowledge={"knowledge": dict.fromkeys(KINDS, "vectors/abc")},
         fingerprint=FINGERPRINT,
-        attributes=("genres",),
-        profile=(),
+        features={"items": ("genres",), "users": ()},
         threads=1,
     )
     encode_once(workspace, spec)

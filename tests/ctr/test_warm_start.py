@@ -12,14 +12,14 @@ from worlds import write_vectors, write_world
 from owlrec.ctr.artifact import ModelCard, finish_artifact, write_artifact
 from owlrec.ctr.dataset import WarmStart, carried_over, encode_tables, grown, open_features, open_tables, reduce_once
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
-from owlrec.ctr.features import RESERVED, UNKNOWN, Grades, Vocabularies
+from owlrec.ctr.features import RESERVED, UNKNOWN, FeatureSchema, Field, Grades, Vocabularies
 from owlrec.ctr.trainer import TrainingData, export_trial, read_vocabularies, train_one
 from owlrec.encoding.compression import Projection
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.workspace import Workspace
 
 torch.set_num_threads(1)
-CONFIG = CTRConfig(batch_size=128, epochs=1, embed_dim=8, hidden_dims=(16, 8), learning_rate=0.01, use_profile=True)
+CONFIG = CTRConfig(batch_size=128, epochs=1, embed_dim=8, hidden_dims=(16, 8), learning_rate=0.01)
 GRID, TRIAL = "dada" * 16, Trial(backbone="din", arm="knowledge", seed=0)
 
 
@@ -45,7 +45,7 @@ def artifact(workspace: Workspace, toy_world: Any) -> str:
 def data_of(
     workspace: Workspace, grid: str, before: Vocabularies | None = None, projection: Projection | None = None
 ) -> TrainingData:
-    options = {"attributes": ["genres"], "profile": ["gender"], "min_item_count": 1}
+    options: dict[str, Any] = {"min_item_count": 1}
     encode_tables(workspace, grid_folder(grid), before=before, **options)
     sources = {"knowledge": dict.fromkeys(("user", "item"), "vectors/abc")}
     folders = reduce_once(workspace, sources, 4, grid, projection=projection)
@@ -59,13 +59,27 @@ def test_rows_are_carried_over_by_value_and_new_values_start_as_unknown() -> Non
 
 
 def test_vocabularies_grow_and_keep_what_the_items_table_still_has() -> None:
-    before = Vocabularies(pa.array([3, 5, 9]), {"genres": pa.array(["b"])}, {"gender": pa.array(["f"])}, Grades(1, 5))
-    new = Vocabularies(pa.array([4, 5]), {"genres": pa.array(["a"])}, {"gender": pa.array(["f"])}, Grades(0, 9))
+    before = Vocabularies(pa.array([3, 5, 9]), {"items/genres": pa.array(["b"])}, FeatureSchema(), Grades(1, 5))
+    new = Vocabularies(pa.array([4, 5]), {"items/genres": pa.array(["a"])}, FeatureSchema(), Grades(0, 9))
     both = grown(new, before, np.array([3, 4, 5, 6]))
     assert both.items.to_pylist() == [3, 4, 5]
-    assert both.attributes["genres"].to_pylist() == ["a", "b"]
-    assert both.profile["gender"].to_pylist() == ["f"]
+    assert both.values["items/genres"].to_pylist() == ["a", "b"]
     assert both.grades == before.grades
+
+
+def test_buckets_and_scales_stay_those_of_the_artifact() -> None:
+    def fitted(edge: float, mean: float, width: int = 1, column: str = "price") -> Vocabularies:
+        fields = FeatureSchema(
+            items=(Field(column=column, type="quantiles", table="items/price", edges=(edge,)),
+                   Field(column="tags", type="categorical", table="tag", width=width)),
+            users=(Field(column="income", type="log", mean=mean),),
+        )  # fmt: skip
+        return Vocabularies(pa.array([3]), {"tag": pa.array(["a"])}, fields, Grades(1, 5))
+
+    before = fitted(3.0, 2.0)
+    assert grown(fitted(9.0, 7.0, width=4), before, np.array([3])).fields == before.fields
+    other = fitted(9.0, 7.0, column="cost")
+    assert grown(other, before, np.array([3])).fields == other.fields  # which load_into refuses
 
 
 def test_a_model_goes_on_from_the_weights_of_an_artifact(workspace: Workspace, artifact: str, toy_world: Any) -> None:
@@ -102,17 +116,11 @@ def test_a_model_goes_on_from_the_weights_of_an_artifact(workspace: Workspace, a
         ({"embed_dim": 4}, "embed_dim"),
         ({"hidden_dims": (8,)}, "hidden_dims"),
         ({"expert_dim": 8}, "expert_dim"),
-        ({"use_profile": False}, None),
     ],
 )
-def test_other_dimensions_are_refused(
-    workspace: Workspace, artifact: str, changes: dict[str, Any], key: str | None
-) -> None:
+def test_other_dimensions_are_refused(workspace: Workspace, artifact: str, changes: dict[str, Any], key: str) -> None:
     warm = WarmStart.open(workspace, artifact)
     config, data = CONFIG.model_copy(update=changes), data_of(workspace, GRID)
-    if key is None:
-        train_one(TRIAL, data, config, begin=warm.load_into)  # the profile follows from the tables
-        return
     with pytest.raises(RecipeError, match=f"ctr: {key} is"):
         train_one(TRIAL, data, config, begin=warm.load_into)
 
@@ -121,10 +129,10 @@ def test_another_backbone_or_other_fields_are_refused(workspace: Workspace, arti
     warm, data = WarmStart.open(workspace, artifact), data_of(workspace, GRID)
     with pytest.raises(RecipeError, match="ctr: backbone is"):
         train_one(Trial(backbone="dcnv2", arm="knowledge", seed=0), data, CONFIG, begin=warm.load_into)
-    options = {"attributes": [], "profile": ["gender"], "min_item_count": 1}
+    options: dict[str, Any] = {"features": {"items": ()}, "min_item_count": 1}
     encode_tables(workspace, grid_folder("beef" * 16), **options)
     other = dataclasses.replace(data, features=open_features(workspace, grid_folder("beef" * 16)))
-    with pytest.raises(RecipeError, match="attributes are none"):
+    with pytest.raises(RecipeError, match=r"features are users\.gender"):
         train_one(TRIAL, other, CONFIG, begin=warm.load_into)
 
 

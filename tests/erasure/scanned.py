@@ -64,7 +64,7 @@ def write_recipe(folder: Path, workspace: str, extra: str = "") -> Path:
         sampling: {{max_tokens: 60}}
         encoder: {{model: hashing}}
         streaming: {{partitions: 3}}
-        ctr: {{backbones: [din], arms: [none, knowledge], seeds: [0], epochs: 1, use_profile: true}}
+        ctr: {{backbones: [din], arms: [none, knowledge], seeds: [0], epochs: 1}}
         ranking: {{data: {{shots: 8}}}}
         """
     )

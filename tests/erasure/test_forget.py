@@ -78,8 +78,7 @@ def train(recipe: Recipe, workspace: Workspace) -> None:
         trials=trials(recipe.ctr),
         knowledge={source: dict(kinds) for source, kinds in read.items()},
         fingerprint=grid,
-        attributes=recipe.domain.text_fields,
-        profile=recipe.domain.profile_fields,
+        features=recipe.features,
     )
     encode_once(workspace, spec, None)
     for trial in spec.trials:

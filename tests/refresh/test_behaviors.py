@@ -47,7 +47,7 @@ def test_events_too_few_for_a_text_reach_the_release(kept: Workspace) -> None:
     assert items_of(kept, 2) == [102, 103, 104, 105]
     with open_release(kept) as release:
         (rows,) = release.store.behaviors([1])
-        assert rows[-1].tolist() == (START + DAY, 120, 4.0, 1.0)
+        assert rows[-1].tolist() == (START + DAY, 120, 4.0, 1.0, 0)
         assert release.store.get("user", [1])[0].as_of == START
 
 
@@ -99,7 +99,8 @@ def test_of_two_rows_of_one_behavior_the_releases_own_stays(kept: Workspace) -> 
     assert rows[0]["ratings"] == [*map(float, before["rating"][1:]), None]
     assert rows[0]["labels"] == [*map(float, before["label"][1:]), 1.0]
     assert rows[1] == {
-        "id": 777, "times": [START, START + 1], "items": [104, 7], "ratings": [None, None], "labels": [1.0, 1.0]
+        "id": 777, "times": [START, START + 1], "items": [104, 7], "ratings": [None, None], "labels": [1.0, 1.0],
+        "events": [0, 0],
     }  # fmt: skip
     assert not np.isnan(before["rating"]).any()
 

@@ -38,7 +38,7 @@ class MemoryStore(KnowledgeStore):
 
     def behaviors(self, ids: Sequence[int] | np.ndarray) -> list[np.ndarray | None]:
         own = [self._rows.behaviors.get(int(i)) for i in ids]
-        return [None if rows is None else np.array(rows, dtype=BEHAVIOR) for rows in own]
+        return [None if rows is None else np.array([(*row, 0) for row in rows], dtype=BEHAVIOR) for rows in own]
 
     def count(self, kind: str) -> int:
         return len(self.ids(kind))

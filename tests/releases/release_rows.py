@@ -88,7 +88,7 @@ def tables(rows: Rows, dim: int = 2) -> dict[str, list[pa.Table]]:
     ]
     members = [{"kind": kind, "id": id_, "cohorts": cohorts} for (kind, id_), cohorts in rows.cohorts.items()]
     behaviors = [
-        {"id": user, **{name: [row[at] for row in rows] for at, name in enumerate(BEHAVIORS.names[1:])}}
+        {"id": user, **{name: [(*row, 0)[at] for row in rows] for at, name in enumerate(BEHAVIORS.names[1:])}}
         for user, rows in rows.behaviors.items()
     ]
     with_partition = vectors_schema(dim).append(pa.field("partition", pa.int8()))
@@ -115,7 +115,7 @@ def publish_rows(workspace: Workspace, label: str, rows: Rows, delta_of: str | N
 
 def listed(rows: np.ndarray | None) -> list[Behavior] | None:
     """Behaviors as a release gives them, None in place of NaN."""
-    return rows if rows is None else [(t, i, None if r != r else r, label) for t, i, r, label in rows.tolist()]
+    return rows if rows is None else [(t, i, None if r != r else r, label) for t, i, r, label, _ in rows.tolist()]
 
 
 def check(store: KnowledgeStore, rows: Rows, ids: range) -> None:

@@ -178,7 +178,7 @@ def test_an_unreadable_manifest_or_pointer_is_an_error_with_the_next_step(worksp
     manifest.write_text(good[:20])
     with pytest.raises(ReleaseError, match="publish again"):
         open_release(workspace)
-    manifest.write_text(good.replace('"format": 5', '"format": 99'))
+    manifest.write_text(good.replace('"format": 6', '"format": 99'))
     with pytest.raises(ReleaseError, match="format 99"):
         open_release(workspace)
     manifest.write_text(good)

@@ -104,7 +104,7 @@ class LiveWorld:
                         codes = code_vectors(self.quantizers[kind], np.array([id_]), vector[None])[0].tolist()
                     vectors.append({"kind": kind, "id": id_, "vector": vector, "codes": codes, "partition": number})
         behaviors = [
-            {"id": user, **{name: [row[at] for row in rows] for at, name in enumerate(BEHAVIORS.names[1:])}}
+            {"id": user, **{name: [(*row, 0)[at] for row in rows] for at, name in enumerate(BEHAVIORS.names[1:])}}
             for user, rows in contents.behaviors.items()
         ]
         members = [{"kind": kind, "id": id_, "cohorts": named} for (kind, id_), named in contents.cohorts.items()]
@@ -136,7 +136,13 @@ class LiveWorld:
         )
         ids = np.array(candidates, dtype=np.int64)
         samples = SampleFeatures(
-            np.full(n, user), ids, features.items.rows(ids), histories, np.zeros((n, 0), np.int32), np.zeros(n)
+            np.full(n, user),
+            ids,
+            features.items.rows(ids),
+            histories,
+            np.zeros((n, 0, 1), np.int32),
+            np.zeros((n, 0), np.float32),
+            np.zeros(n),
         )
         with torch.inference_mode():
             logits = self.trained.model(SplitTensors(samples, tables, "cpu").batch(torch.arange(n)))
@@ -222,7 +228,7 @@ def write_live_world(workspace: Workspace, arm: Arm = "knowledge", backbone: str
             table = shard.table()
             workspace.write_arrow(f"vectors/v/{name}-{kind}/{shard_file(0, '.arrow')}", table, table.schema)
             sources.setdefault(name, {})[kind] = "vectors/v"
-    encode_tables(workspace, grid_folder(grid), attributes=[], profile=[], min_item_count=1)
+    encode_tables(workspace, grid_folder(grid), features={"items": (), "users": ()}, min_item_count=1)
     folders = reduce_once(workspace, sources, CONFIG.knowledge_dim, grid)
     data = TrainingData(open_features(workspace, grid_folder(grid)), open_tables(workspace, folders))
     trial = Trial(backbone=backbone, arm=arm, seed=0)

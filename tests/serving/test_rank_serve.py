@@ -53,7 +53,7 @@ def write_artifacts(workspace):
     text = Rows(texts={("item", 0): (0, "a film", "ok")})
     info = ReleaseInfo(fingerprint="f" * 64, model="m", encoder="e", history_length=4)
     publish(workspace, **tables(text) | {"behaviors": [last_behaviors(events, 4)]}, info=info)
-    features = build_features(users, items, samples, attributes=["genres"], profile=[], min_item_count=1)
+    features = build_features(users, items, samples, features={"items": ("genres",), "users": ()}, min_item_count=1)
     config = CTRConfig(batch_size=128, epochs=3, embed_dim=8, hidden_dims=(16, 8), learning_rate=1e-2)
     folders = []
     for backbone in ("din", "dcnv2"):

@@ -379,7 +379,10 @@ def test_last_behaviors_are_those_of_a_sample_that_would_come_next() -> None:
     rows = [(2, 7, 4.0, 30), (1, 5, 1.0, 10), (1, 9, 2.0, 30), (1, 8, 3.0, 30), (1, 6, 5.0, 20)]
     behaviors = last_behaviors(with_outcomes(table(rows), ABOVE_3, "rows"), 3)
     assert behaviors.to_pylist() == [
-        {"id": 1, "times": [20, 30, 30], "items": [6, 8, 9], "ratings": [5.0, 3.0, 2.0], "labels": [1.0, 0.0, 0.0]},
-        {"id": 2, "times": [30], "items": [7], "ratings": [4.0], "labels": [1.0]},
-    ]
+        {"id": 1, "times": [20, 30, 30], "items": [6, 8, 9], "ratings": [5.0, 3.0, 2.0], "labels": [1.0, 0.0, 0.0],
+         "events": [0, 0, 0]},
+        {"id": 2, "times": [30], "items": [7], "ratings": [4.0], "labels": [1.0], "events": [0]},
+    ]  # fmt: skip
+    log = with_outcomes(table(rows), ABOVE_3, "rows").append_column("event", pa.array([1, 2, 3, 4, 5], pa.uint8()))
+    assert last_behaviors(log, 3)["events"].to_pylist() == [[5, 4, 3], [1]]
     assert last_behaviors(with_outcomes(table([]), ABOVE_3, "rows"), 3).num_rows == 0

@@ -9,7 +9,7 @@ replica restarts. (A change of `args` builds the application again.)
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -183,6 +183,10 @@ class CtrModel:
 
     async def score(self, asked: Rank, candidates: Sequence[int]) -> Sequence[float]:
         """See owlrec.serving.rank_api.Backend. Raises Problem (503) without a release."""
+        return next(iter((await self.score_labels(asked, candidates)).values()))
+
+    async def score_labels(self, asked: Rank, candidates: Sequence[int]) -> Mapping[str, Sequence[float]]:
+        """See owlrec.serving.rank_api.LabelBackend. Raises Problem (503) without a release."""
         if self._scorer is None:
             raise Problem(503, "no model is loaded yet", headers={"Retry-After": "1"})
         history = asked.history
@@ -191,12 +195,14 @@ class CtrModel:
             history=None if history is None else [b.item_id for b in history],
             ratings=None if history is None else [b.rating for b in history],
             taken=None if history is None else [b.taken for b in history],
+            events=None if history is None else [b.event for b in history],
             profile=asked.profile,
+            context=asked.context,
+            time=asked.time,
         )
         # Without a thread: torch releases the interpreter lock at every operation, and threads competing for it halve
         # the rate of requests. It takes milliseconds, so concurrency gains nothing.
-        scores: list[float] = self._scorer.score(user, candidates).tolist()
-        return scores
+        return {name: scores.tolist() for name, scores in self._scorer.score_labels(user, candidates).items()}
 
 
 class _Remote:

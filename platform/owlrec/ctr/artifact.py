@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from time import time as now
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,15 +20,27 @@ from torch import Tensor, nn
 from owlrec.cohorts.clustering import unit
 from owlrec.ctr.batches import Tables
 from owlrec.ctr.experiment import Metrics, Trial, grid_folder, read_grid_scores
-from owlrec.ctr.features import RESERVED, UNKNOWN, ItemFeatures, Vocabularies, value_codes
+from owlrec.ctr.features import (
+    RESERVED,
+    TIMES,
+    UNKNOWN,
+    USER_ID,
+    Field,
+    ItemFeatures,
+    Vocabularies,
+    encode_fields,
+    field_codes,
+    field_numbers,
+)
 from owlrec.ctr.knowledge_tables import DISLIKED, OLDER_PARTITIONS, Form, arm_parts, arm_sources
 from owlrec.ctr.model import Batch, CTRModel, TrainedTower
 from owlrec.ctr.trainer import VOCABULARIES, load_trial, read_items, read_vocabularies, write_items
 from owlrec.encoding.compression import Projection
 from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import ReleaseError, SchemaError, WorkspaceError
-from owlrec.ids import BEHAVIOR, rows_of, shard_of
+from owlrec.ids import BEHAVIOR, EVENTS, rows_of, shard_of
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
+from owlrec.schema import SAMPLES
 from owlrec.shards import Shard
 from owlrec.sources.outcomes import was_taken
 from owlrec.sources.splits import read_samples
@@ -129,7 +142,7 @@ _SHARDS_OPEN = 256  # each holds a file descriptor; processes are often limited 
 
 
 class EncodeProfiles(Stage):
-    """Encodes a shard of the users table with an artifact's vocabularies."""
+    """Encodes a shard of the users table with an artifact's vocabularies: per user, codes and numbers of all fields."""
 
     name = "export_ctr"
 
@@ -139,10 +152,15 @@ class EncodeProfiles(Stage):
 
     def run(self, work: Work) -> Result:
         """Writes the shard's only file."""
-        profile = read_vocabularies(work.workspace, self.folder).profile
-        users = work.workspace.read_shard("users", work.shard.number, ["user_id", *profile]).sort_by("user_id")
-        columns = {name: value_codes(users[name], values) for name, values in profile.items()}
-        table = pa.table({"user_id": users["user_id"], **{f"profile/{name}": codes for name, codes in columns.items()}})
+        vocabularies = read_vocabularies(work.workspace, self.folder)
+        fields = vocabularies.fields.users
+        names = list(dict.fromkeys(["user_id", *(field.column for field in fields)]))
+        users = work.workspace.read_shard("users", work.shard.number, names)
+        users = users.take(pc.sort_indices(users["user_id"]))
+        codes, numbers = encode_fields(fields, lambda field: users[field.column], vocabularies.values, len(users))
+        columns = {f"code/{at}": column for at, column in enumerate(codes.reshape(len(users), -1).T)}
+        columns |= {f"number/{at}": column for at, column in enumerate(numbers.T)}
+        table = pa.table({"user_id": users["user_id"], **columns})
         path = work.shard.file(".arrow")
         work.check()
         file = work.workspace.write_arrow(work.artifact.path(path), table, table.schema)
@@ -167,16 +185,19 @@ class Profiles:
         self._shard = lru_cache(maxsize=_SHARDS_OPEN)(self._open)
         self._shard(0)
 
-    def find(self, user_id: int) -> np.ndarray | None:
-        """A user's codes, int32 [fields]; None for an unknown user."""
-        ids, codes = self._shard(int(shard_of(np.array([user_id]), self._n_shards)[0]))
+    def find(self, user_id: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """A user's codes, int32 [coded fields * width], and numbers, float32 [log fields]; None for an unknown user."""
+        ids, codes, numbers = self._shard(int(shard_of(np.array([user_id]), self._n_shards)[0]))
         row = int(rows_of(ids, np.array([user_id]))[0])
-        return None if row < 0 else np.array([column[row] for column in codes], dtype=np.int32)
+        if row < 0:
+            return None
+        own = (np.array([column[row] for column in columns]) for columns in (codes, numbers))
+        return next(own).astype(np.int32), next(own).astype(np.float32)
 
-    def _open(self, number: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    def _open(self, number: int) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray]]:
         table = self._workspace.map_arrow(f"{self._folder}/{shard_file(number, '.arrow')}")
-        ids, *codes = (column.to_numpy() for column in table.columns)
-        return ids, codes
+        kinds = ([table[n].to_numpy() for n in table.column_names if n.startswith(k)] for k in ("code/", "number/"))
+        return table["user_id"].to_numpy(), next(kinds), next(kinds)
 
 
 # ------------------------------------------------------------------------------------------------------------- artifact
@@ -238,7 +259,7 @@ def write_artifact(
     for name in workspace.names(projection) if projection else ():
         if name.startswith("projection."):
             workspace.write_bytes(f"{folder}/{name}", workspace.read_bytes(f"{projection}/{name}"))
-    if read_vocabularies(workspace, folder).profile:
+    if read_vocabularies(workspace, folder).fields.users:
         shards = [Shard(PROFILES, number) for number in workspace.table_shards("users")]
         run_stage(workspace, EncodeProfiles(folder), dict.fromkeys(shards, fingerprint(grid, trial)), pool)
     return folder
@@ -272,8 +293,7 @@ def request_tensors(batch: Batch) -> dict[str, Tensor]:
 def export_program(model: CTRModel, example: Batch) -> bytes:
     """Program of a model, in the form that `load_program` reads.
 
-    example: candidates of one user, at least two, with the adaptor's output if the model has one; history, ratings and
-    profile have one row.
+    example: candidates of one user, at least two, with the adaptor's output if the model has one; all else has one row.
     """
     request = _Request(model).eval()
     tensors = request_tensors(example)
@@ -547,6 +567,10 @@ class LiveState:
 # -------------------------------------------------------------------------------------------------------------- scoring
 
 
+Value = str | int | float | bool | Sequence[str]  # of a feature
+EVENT_CODES: dict[str | None, int] = {event: code for code, event in enumerate(EVENTS, 1)}
+
+
 @dataclass(frozen=True)
 class User:
     """The user of a request. Fields that are None come from the live state, which has nothing without an id."""
@@ -555,13 +579,25 @@ class User:
     history: Sequence[int] | None = None  # item ids, most recent last
     ratings: Sequence[float | None] | None = None  # aligned with history; None: without ratings
     taken: Sequence[bool] | None = None  # aligned with history: False for passed-over items; None: all taken
-    profile: Mapping[str, str] = field(default_factory=dict)  # overrides stored fields
+    events: Sequence[str | None] | None = None  # aligned with history: outcomes.EVENTS; None: unknown
+    profile: Mapping[str, Value] = field(default_factory=dict)  # overrides stored features of the user
+    context: Mapping[str, Value] = field(default_factory=dict)  # features of the interaction, for all candidates
+    time: int | None = None  # ms since 1970, UTC: of features hour and weekday; None: now
 
     @classmethod
     def from_sample(cls, row: Mapping[str, Any]) -> "User":
         """The user of a row of schema.SAMPLES, at its moment."""
-        ratings, labels = row["history_ratings"], row["history_labels"]
-        return cls(row["user_id"], row["history"], ratings, list(map(was_taken, ratings, labels)))
+        ratings, labels, events = row["history_ratings"], row["history_labels"], row.get("history_events")
+        own = {name.removeprefix("interactions/"): v for name, v in row.items() if name.startswith("interactions/")}
+        return cls(
+            row["user_id"],
+            row["history"],
+            ratings,
+            list(map(was_taken, ratings, labels)),
+            None if events is None else [EVENTS[code - 1] if code else None for code in events],
+            context=own,
+            time=row["timestamp"],
+        )
 
     def behaviors(self) -> np.ndarray:
         """The history in the request: ids.BEHAVIOR [n], without moments.
@@ -571,15 +607,91 @@ class User:
         history = list(self.history or ())
         ratings = [None] * len(history) if self.ratings is None else list(self.ratings)
         took = [True] * len(history) if self.taken is None else list(self.taken)
-        if not len(ratings) == len(took) == len(history):
+        events = [None] * len(history) if self.events is None else list(self.events)
+        if not len(ratings) == len(took) == len(events) == len(history):
             raise SchemaError(
-                f"a user has {len(history)} behaviors, {len(ratings)} ratings and {len(took)} outcomes. Pass a "
-                "rating or null for each, or no ratings."
+                f"a user has {len(history)} behaviors, {len(ratings)} ratings, {len(took)} outcomes and {len(events)} "
+                "events. Pass a rating or null for each, or no ratings."
             )
         behaviors = np.zeros(len(history), dtype=BEHAVIOR)
         behaviors["item"], behaviors["label"] = history, took
         behaviors["rating"] = np.array(ratings, dtype=np.float32)  # None becomes NaN
+        behaviors["event"] = [EVENT_CODES.get(event, 0) for event in events]
         return behaviors
+
+
+class RowEncoder:
+    """Features of one user and one request, as training encodes them: without Arrow, which takes longer than a model
+    for a single row.
+    """
+
+    def __init__(self, vocabularies: Vocabularies) -> None:
+        self._users, self._own = vocabularies.fields.users, vocabularies.fields.interactions
+        fields = vocabularies.fields.row_fields
+        self._coded = [field for field in fields if field.type != "log"]
+        self._scaled = [field for field in fields if field.type == "log"]
+        self._width = max((field.width for field in self._coded), default=1)
+        self._user_width = max((field.width for field in self._users if field.type != "log"), default=1)
+        tables = {f.table for f in self._coded if f.type == "categorical" and not f.hash}
+        self._codes = {
+            table: {value: code for code, value in enumerate(vocabularies.values[table].to_pylist(), RESERVED)}
+            for table in tables
+        }
+
+    def encode(self, user: User, profiles: Profiles | None) -> tuple[np.ndarray, np.ndarray]:
+        """int32 [1, coded fields, width] and float32 [1, log fields]."""
+        known = profiles.find(user.user_id) if profiles and user.user_id is not None else None
+        codes = np.zeros((1, len(self._coded), self._width), dtype=np.int32)
+        codes[0, :, 0] = UNKNOWN
+        numbers = np.full((1, len(self._scaled)), np.nan, dtype=np.float32)
+        if known is not None:
+            stored = known[0].reshape(-1, self._user_width)
+            codes[0, : len(stored), : self._user_width] = stored
+            numbers[0, : len(known[1])] = known[1]
+        given: dict[int, Value | None] = {
+            id(field): user.profile[field.column] for field in self._users if field.column in user.profile
+        }
+        if self._own:
+            given |= {id(field): value for field, value in zip(self._own, self._context(user), strict=True)}
+        if known is None and user.user_id is not None:
+            given |= {id(f): str(user.user_id) for f in self._users if f.column == USER_ID}
+        if not given:
+            return codes, numbers
+        for i, coded in enumerate(self._coded):
+            if id(coded) in given:
+                codes[0, i] = self._coded_values(coded, given[id(coded)])
+        for i, scaled in enumerate(self._scaled):
+            if id(scaled) in given:
+                numbers[0, i] = field_numbers(scaled, _one(given[id(scaled)]))[0]
+        return codes, numbers
+
+    def _context(self, user: User) -> list[Value | None]:
+        time = int(now() * 1000) if user.time is None else user.time
+        hour, weekday = time // 3_600_000 % 24, (time // 86_400_000 + 3) % 7  # 1970 began on a Thursday
+        derived: dict[str, Value] = {"hour": str(hour), "weekday": str(weekday)}
+        return [derived.get(f.column, user.context.get(f.column)) for f in self._own]
+
+    def _coded_values(self, field: Field, value: Value | None) -> np.ndarray:
+        """int32 [width]."""
+        texts = value if isinstance(value, list | tuple) else [value]
+        texts = texts or [None]
+        row = np.zeros(self._width, dtype=np.int32)
+        for at, text in enumerate(texts[: field.width]):
+            if field.table in self._codes:
+                row[at] = self._codes[field.table].get(_text(text), UNKNOWN)
+            else:
+                row[at] = field_codes(field, _one(text), None)[0]
+        return row
+
+
+def _text(value: Any) -> str:
+    """A value as the tables have it."""
+    text: str = pa.scalar(value).cast(pa.string()).as_py() if not isinstance(value, str | None) else value or ""
+    return text
+
+
+def _one(value: Any) -> pa.Array:
+    return pa.array([_text(value)], pa.string())
 
 
 class CtrScorer:
@@ -597,10 +709,8 @@ class CtrScorer:
         self.model, self.items, self.vocabularies = model.eval(), items, vocabularies
         self.profiles, self.program = profiles, program
         self._length = model.spec.features.history_length
-        self._codes = [
-            {value: code for code, value in enumerate(values.to_pylist(), RESERVED)}
-            for values in vocabularies.profile.values()
-        ]
+        self._fields = vocabularies.fields
+        self._row = RowEncoder(vocabularies)
 
     @classmethod
     def open(cls, workspace: Workspace, folder: str, *, program: bool = False) -> "CtrScorer":
@@ -615,57 +725,66 @@ class CtrScorer:
             load_trial(workspace, folder, items),
             items,
             vocabularies,
-            Profiles(workspace, f"{folder}/{PROFILES}") if vocabularies.profile else None,
+            Profiles(workspace, f"{folder}/{PROFILES}") if vocabularies.fields.users else None,
             load_program(workspace.read_bytes(f"{folder}/{PROGRAM}")) if program else None,
         )
 
     def score(self, user: int | User, candidates: Sequence[int] | np.ndarray, live: LiveState) -> np.ndarray:
         """float64 [n]: probability of a click (or of the label that the recipe defines), in the candidates' order.
 
+        If the model has further labels, this is the primary one; `score_labels` has all.
         user: an id, or a User. candidates: item ids, repeats allowed. live: for this scorer's model. Raises SchemaError
         if a history and its ratings differ in length.
         """
+        return next(iter(self.score_labels(user, candidates, live).values()))
+
+    def score_labels(
+        self, user: int | User, candidates: Sequence[int] | np.ndarray, live: LiveState
+    ) -> dict[str, np.ndarray]:
+        """Label -> float64 [n], for the primary one ("label") and the names of ctr.tasks. Arguments: see `score`."""
+        names = ("label", *self._fields.tasks)
         if len(candidates) == 0:
-            return np.zeros(0)
+            return {name: np.zeros(0) for name in names}
         batch = self.batch(user, candidates, live)
         with torch.inference_mode():
             if self.program is not None:
                 scores: Tensor = self.program(request_tensors(batch))
             else:
                 scores = self.model(batch).double().sigmoid()
-        return scores.numpy()
+        columns = scores.numpy().reshape(len(candidates), -1).T
+        return dict(zip(names, columns, strict=True))
 
     def batch(self, user: int | User, candidates: Sequence[int] | np.ndarray, live: LiveState) -> Batch:
         """Model inputs for a request: n candidates, the user's part in one row."""
         asking = user if isinstance(user, User) else User(int(user))
         ids = np.asarray(candidates, dtype=np.int64)
-        arrays = (self.items.rows(ids), *self._history(asking, live), self._profile(asking))
-        items, history, ratings, profile = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
-        return Batch(items, history, ratings, profile, adaptor_fields=live.adaptor_fields(asking.user_id, ids))
+        codes, numbers = self._row.encode(asking, self.profiles)
+        arrays = (self.items.rows(ids), *self._history(asking, live), codes)
+        items, history, ratings, events, fields = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
+        return Batch(
+            items,
+            history,
+            ratings,
+            fields,
+            torch.from_numpy(numbers),
+            events=events if self._fields.events else None,
+            adaptor_fields=live.adaptor_fields(asking.user_id, ids),
+        )
 
-    def _history(self, user: User, live: LiveState) -> tuple[np.ndarray, np.ndarray]:
-        """Items and outcomes as training encodes them, int [1, history_length] each."""
+    def _history(self, user: User, live: LiveState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Items, outcomes and events as training encodes them, int [1, history_length] each."""
         behaviors: np.ndarray | None
         if user.history is not None:
             behaviors = user.behaviors()
         else:
             behaviors = None if user.user_id is None else live.behaviors(user.user_id)
-        items, outcomes = (np.zeros((1, self._length), dtype=np.int64) for _ in range(2))
+        items, outcomes, events = (np.zeros((1, self._length), dtype=np.int64) for _ in range(3))
         if behaviors is not None and len(behaviors):
             last = behaviors[-self._length :]
             items[0, : len(last)] = self.items.rows(last["item"])
             outcomes[0, : len(last)] = self.vocabularies.grades.tokens(last["rating"].astype(float), last["label"])
-        return items, outcomes
-
-    def _profile(self, user: User) -> np.ndarray:
-        """int [1, profile fields]."""
-        known = self.profiles.find(user.user_id) if self.profiles and user.user_id is not None else None
-        codes = np.full(len(self._codes), UNKNOWN) if known is None else known
-        row = [
-            field_codes.get(user.profile[name], UNKNOWN) if name in user.profile else code
-            for name, field_codes, code in zip(self.vocabularies.profile, self._codes, codes.tolist(), strict=True)
-        ]
-        return np.array([row], dtype=np.int64).reshape(1, -1)
+            events[0, : len(last)] = last["event"]
+        return items, outcomes, events
 
 
 @dataclass(frozen=True)
@@ -724,9 +843,12 @@ def largest_difference(
     samples than the workspace has.
     """
     scored = read_grid_scores(workspace, grid, [trial])
+    fields = scorer.vocabularies.fields
+    extra = [f"interactions/{field.column}" for field in fields.interactions if field.column not in TIMES]
+    extra += ["history_events"] if fields.events else []
     shards, n = [], 0
     for number in workspace.table_shards("samples"):
-        samples = read_samples(workspace, number)
+        samples = read_samples(workspace, number, [*SAMPLES.names, *extra])
         shards.append(samples.filter(pc.equal(samples["split"], "test")))
         n += len(shards[-1])
         if n >= rows:

@@ -142,10 +142,17 @@ class SplitTensors:
     def assembled(self, rows: Tensor) -> Batch:
         """The batch in this process's memory, in the narrow storage types."""
         at, samples = rows.numpy(), self.samples
-        history, ratings = samples.histories.matrices(at)
-        items, profile = samples.items[at], samples.profile[at]
-        tensors = [torch.from_numpy(array) for array in (items, history, ratings, profile)]
-        batch = Batch(tensors[0], tensors[1], tensors[2], tensors[3], distinct=DistinctItems.of(items, history))
+        history, ratings, events = samples.histories.matrices(at)
+        items = samples.items[at]
+        batch = Batch(
+            torch.from_numpy(items),
+            torch.from_numpy(history),
+            torch.from_numpy(ratings),
+            torch.from_numpy(samples.fields[at]),
+            torch.from_numpy(samples.numbers[at]),
+            events=None if events is None else torch.from_numpy(events),
+            distinct=DistinctItems.of(items, history),
+        )
         if self.tables is None:
             return batch
         times = None if samples.times is None else samples.times[at]
@@ -160,17 +167,27 @@ class Targets:
 
     labels: Tensor  # float32 [b], in [0, 1]
     weights: Tensor | None = None  # float32 [b]; None: all the same
+    others: Tensor | None = None  # float32 [b, t], further labels, NaN if unknown
 
     @classmethod
     def of(cls, samples: SampleFeatures, rows: Tensor) -> "Targets":
         """Targets of some rows (int64 [b])."""
         at = rows.numpy()
-        weights = None if samples.weights is None else torch.from_numpy(samples.weights[at])
-        return cls(torch.from_numpy(samples.labels[at]), weights)
+        arrays = (samples.labels, samples.weights, samples.others)
+        return cls(*(None if array is None else torch.from_numpy(array[at]) for array in arrays))  # type: ignore[arg-type]
 
     def loss(self, logits: Tensor) -> Tensor:
-        """The weighted log-loss, summed over the rows and divided by their number, so that ranks add up."""
-        return F.binary_cross_entropy_with_logits(logits, self.labels, self.weights)
+        """The weighted log-loss, summed over the rows and divided by their number, so that ranks add up; of several
+        labels the sum, without those that are unknown.
+
+        logits: float32 [b], or [b, 1 + t].
+        """
+        if self.others is None:
+            return F.binary_cross_entropy_with_logits(logits, self.labels, self.weights)
+        labels = torch.cat([self.labels[:, None], self.others], dim=1)
+        known = ~labels.isnan()
+        each = F.binary_cross_entropy_with_logits(logits, torch.where(known, labels, 0.0), reduction="none") * known
+        return (each.sum(1) if self.weights is None else each.sum(1) * self.weights).mean()
 
 
 class SplitBatches:

@@ -16,23 +16,35 @@ from torch import Tensor
 from owlrec.ctr.artifact import read_card
 from owlrec.ctr.experiment import ENCODED, SoftLabels, Trial, blended, grid_folder
 from owlrec.ctr.features import (
+    LEAK_ROWS,
     RESERVED,
     SPLITS,
     UNKNOWN,
+    USER_ID,
+    ColumnReader,
     Features,
+    FeatureSchema,
+    FeatureSections,
+    Field,
     Grades,
+    Group,
     Histories,
     SampleFeatures,
     Split,
     Vocabularies,
     binarize_outside_train,
-    distinct_values,
+    carried_columns,
+    chosen,
+    context_of,
+    encode_fields,
     encode_items,
+    fit_fields,
     item_rows,
-    kept_attributes,
     known_items,
+    other_labels,
     refuse_labels,
-    value_codes,
+    refuse_leak,
+    shown_users,
 )
 from owlrec.ctr.knowledge_tables import KnowledgeTable, VectorTable, open_vectors, refuse_non_finite, refuse_two_sizes
 from owlrec.ctr.model import CTRModel, ModelSpec
@@ -43,7 +55,7 @@ from owlrec.errors import RecipeError, SchemaError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import SAMPLE_ROWS
 from owlrec.shards import Card, Shard
-from owlrec.sources.outcomes import POSITIVE
+from owlrec.sources.outcomes import EVENT_CODE, POSITIVE
 from owlrec.sources.splits import in_histories, sample_places
 from owlrec.workspace import Workspace, shard_file, table_file
 
@@ -228,22 +240,28 @@ class WarmStart:
                     "same value, or train without --warm-start."
                 )
         before, now = self.vocabularies, vocabularies
+        if before.fields != now.fields:
+            raise RecipeError(
+                f"ctr: the features are {_names(now)}, but the warm-start model {self.folder} reads {_names(before)}. "
+                "Use the same features and labels, or train without --warm-start."
+            )
         tables = {"item.weight": (before.items, now.items)}
-        for name, old, new in (
-            ("attributes", before.attributes, now.attributes),
-            ("profile", before.profile, now.profile),
-        ):
-            if list(old) != list(new):
-                raise RecipeError(
-                    f"ctr: {name} are {', '.join(new) or 'none'}, but the warm-start model {self.folder} reads "
-                    f"{', '.join(old) or 'none'}. Use tables with the same columns, or train without "
-                    "--warm-start."
-                )
-            tables |= {f"{name}.{at}.weight": (old[field], new[field]) for at, field in enumerate(old)}
+        for at, table in enumerate(model.spec.features.tables):
+            if table in now.values:
+                tables[f"tables.{at}.weight"] = (before.values[table], now.values[table])
         weights = dict(self.weights)
         for name, (old, new) in tables.items():
             weights[name] = carried_over(weights[name], old, new)
+        for name, sharded in model.sharded_tables.items():
+            sharded.load(weights.pop(f"{name}.weight"), torch.distributed.get_rank())
         model.load_state_dict(weights)
+
+
+def _names(vocabularies: Vocabularies) -> str:
+    fields = vocabularies.fields
+    named = {"items": fields.items, "users": fields.users, "interactions": fields.interactions}
+    each = [f"{group}.{field.column}" for group, some in named.items() for field in some]
+    return ", ".join([*each, *fields.sequences, *fields.tasks]) or "none"
 
 
 def carried_over(table: Tensor, old: pa.Array, new: pa.Array) -> Tensor:
@@ -264,12 +282,24 @@ def grown(new: Vocabularies, before: Vocabularies, items: np.ndarray) -> Vocabul
         return both.take(pc.sort_indices(both))
 
     kept = before.items.filter(pc.is_in(before.items, value_set=pa.array(items, pa.int64())))
+    # Edges and scales stay, too: a bucket of another range would be another feature.
+    same = _without_fit(new.fields) == _without_fit(before.fields)
     return replace(
         before,
         items=union(new.items, kept),
-        attributes={name: union(v, before.attributes.get(name, v[:0])) for name, v in new.attributes.items()},
-        profile={name: union(v, before.profile.get(name, v[:0])) for name, v in new.profile.items()},
+        values={name: union(v, before.values.get(name, v[:0])) for name, v in new.values.items()},
+        fields=before.fields if same else new.fields,
     )
+
+
+def _without_fit(fields: FeatureSchema) -> FeatureSchema:
+    """The fields without what is fitted to the samples."""
+
+    def plain(some: tuple[Field, ...]) -> tuple[Field, ...]:
+        return tuple(f.model_copy(update={"edges": (), "mean": 0.0, "std": 1.0, "width": 1}) for f in some)
+
+    groups = {group: plain(getattr(fields, group)) for group in ("items", "users", "interactions")}
+    return fields.model_copy(update=groups)
 
 
 # -------------------------------------------------------------------------------------------------------------- encoded
@@ -285,7 +315,6 @@ class _Encoded(BaseModel):
     """done.json."""
 
     history_length: int
-    profile: tuple[str, ...]
     sizes: dict[str, list[int]]  # split -> rows per shard
 
 
@@ -294,9 +323,15 @@ class EncodeSamples(Stage):
 
     name = "train_ctr"
 
-    def __init__(self, folder: str, profile: Sequence[str], soft_labels: SoftLabels | None = None) -> None:
-        """profile: columns of users."""
-        self.folder, self.profile, self.soft_labels = folder, tuple(profile), soft_labels
+    def __init__(
+        self,
+        folder: str,
+        features: FeatureSections,
+        soft_labels: SoftLabels | None = None,
+        tasks: Sequence[str] = (),
+    ) -> None:
+        """tasks: further labels."""
+        self.folder, self.features, self.soft_labels, self.tasks = folder, features, soft_labels, tuple(tasks)
 
     def open(self, workspace: Workspace, worker: str) -> None:
         """Reads the ids of all items."""
@@ -305,8 +340,10 @@ class EncodeSamples(Stage):
     def run(self, work: Work) -> Result:
         """Raises SchemaError for a label outside [0, 1]."""
         workspace, number = work.workspace, work.shard.number
-        rows = sample_places(workspace, number, SAMPLE_ROWS.names)
-        behaviors = in_histories(workspace, number, ["item_id", "rating", "label"])
+        extra = [f"interactions/{name}" for name in carried_columns(self.features)]
+        extra += [f"label/{name}" for name in self.tasks]
+        rows = sample_places(workspace, number, [*SAMPLE_ROWS.names, *self._present(workspace, number, extra)])
+        behaviors = in_histories(workspace, number, ["item_id", "rating", "label", *events_of(workspace, number)])
         label = rows["label"].to_numpy()
         if (odd := ~((label >= 0) & (label <= 1))).any():
             raise SchemaError(
@@ -320,8 +357,9 @@ class EncodeSamples(Stage):
         split = pc.index_in(rows["split"], pa.array(SPLITS)).to_numpy()
         order = np.argsort(split, kind="stable")
         rows, split, drawn = rows.take(order), split[order], order >= n_logged
+        train = split == SPLITS.index("train")
         positive = np.append(positive, np.zeros(len(rows) - n_logged, dtype=bool))[order]
-        label = binarize_outside_train(rows["label"].to_numpy(), split == SPLITS.index("train"))
+        label = binarize_outside_train(rows["label"].to_numpy(), train)
         items = item_rows(self._item_ids, rows["item_id"].to_numpy())
         history_items = item_rows(self._item_ids, behaviors["item_id"].to_numpy())
         starts, ends = (rows[name].to_numpy().astype(np.int64) for name in ("history_start", "history_end"))
@@ -333,14 +371,24 @@ class EncodeSamples(Stage):
             "length": (ends - starts).astype(np.int32),
             "label": label.astype(np.float32),
             "weight": rows["weight"],
-            "time": rows["timestamp"],
-            **self._profiles(workspace, number, rows["user_id"]),
+            "timestamp": rows["timestamp"],
+            **{name: rows[name].combine_chunks().dictionary_encode() for name in extra if name[0] == "i"},
+            **self._user_columns(workspace, number, rows["user_id"]),
         }
-        train = (split == SPLITS.index("train")) & ~drawn
+        if (others := other_labels(rows, self.tasks)) is not None:
+            hard = binarize_outside_train(others, train[:, None])
+            samples |= {f"label/{name}": hard[:, at] for at, name in enumerate(self.tasks)}
+        train &= ~drawn
         ratings = behaviors["rating"].to_numpy()
         tables = {
             "samples": pa.table(samples),
-            "behaviors": pa.table({"item": history_items, "rating": ratings, "label": behaviors["label"]}),
+            "behaviors": pa.table(
+                {
+                    "item": history_items,
+                    "rating": ratings,
+                    **{name: behaviors[name] for name in ("label", EVENT_CODE) if name in behaviors.column_names},
+                }
+            ),
             "counts": _item_counts(items[train], starts[train], ends[train], history_items, items[drawn]),
         }
         work.check()
@@ -360,12 +408,39 @@ class EncodeSamples(Stage):
             }
         return Result(files, rows_in=len(rows), rows_out=len(rows), counts=counts)
 
-    def _profiles(self, workspace: Workspace, number: int, user_ids: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
-        if not self.profile:
-            return {}
+    def _present(self, workspace: Workspace, number: int, extra: Sequence[str]) -> Sequence[str]:
+        """`extra`. Raises SchemaError for a column that the samples do not have."""
+        has = workspace.parquet_file(table_file("samples", number)).schema_arrow.names
+        for name in extra:
+            if name not in has:
+                kind, _, column = name.partition("/")
+                key = f"ctr.tasks: {column}" if kind == "label" else f"features.interactions.{column}"
+                raise SchemaError(
+                    f"{key}: the samples of this workspace do not have the column. Add it to the source and run "
+                    "`prepare` again, or remove it."
+                )
+        return extra
+
+    def _user_columns(
+        self, workspace: Workspace, number: int, user_ids: pa.ChunkedArray
+    ) -> dict[str, pa.DictionaryArray | pa.ChunkedArray]:
+        """The users' columns per sample: text as a dictionary, since it repeats."""
         users = workspace.read_shard("users", number)
-        where = pc.index_in(user_ids, users["user_id"].combine_chunks())
-        return {name: users[name].take(where).cast(pa.string()) for name in self.profile if name in users.column_names}
+        where = pc.index_in(user_ids, users["user_id"].combine_chunks()).combine_chunks()
+        names, _ = chosen(self.features, "users", users.column_names)
+        columns = {}
+        for name in names:
+            if name != USER_ID:
+                column = users[name].combine_chunks()
+                nested = pa.types.is_nested(column.type)
+                columns[f"users/{name}"] = (column if nested else column.dictionary_encode()).take(where)
+        return columns
+
+
+def events_of(workspace: Workspace, number: int) -> list[str]:
+    """The column of events in a shard of interactions, if it is there."""
+    names = workspace.parquet_file(table_file("interactions", number)).schema_arrow.names
+    return [EVENT_CODE] if EVENT_CODE in names else []
 
 
 def _item_counts(
@@ -402,9 +477,9 @@ def encode_tables(
     workspace: Workspace,
     folder: str,
     *,
-    attributes: Sequence[str],
-    profile: Sequence[str],
     min_item_count: int,
+    features: FeatureSections | None = None,
+    tasks: Sequence[str] = (),
     soft_labels: SoftLabels | None = None,
     before: Vocabularies | None = None,
     pool: Pool | None = None,
@@ -412,7 +487,7 @@ def encode_tables(
     """Encodes the tables users, items, interactions and samples into a grid's folder for `open_features`. Existing
     shards are kept; if all exist, nothing happens.
 
-    attributes, profile, min_item_count, and errors: see `build_features`. soft_labels: probabilities to blend with
+    features, tasks, min_item_count, and errors: see `build_features`. soft_labels: probabilities to blend with
     the labels of train; their pairs without a label become training rows, too. Items that occur only in such pairs are
     known, too; item counts include only logged interactions.
     before: vocabularies to grow from.
@@ -421,7 +496,9 @@ def encode_tables(
     if workspace.exists(encoded, _DONE):
         return
     shards = [Shard("user", number) for number in workspace.table_shards("samples")]
-    made = run_stage(workspace, EncodeSamples(encoded, profile, soft_labels), dict.fromkeys(shards, encoded), pool)
+    sections = features or {}
+    stage = EncodeSamples(encoded, sections, soft_labels, tasks)
+    made = run_stage(workspace, stage, dict.fromkeys(shards, encoded), pool)
     cards = [made[shard.name] for shard in shards]
     for split in SPLITS:
         rows, positives, unlabeled = (_total(cards, split + suffix) for suffix in ("", "_positives", "_unlabeled"))
@@ -434,16 +511,23 @@ def encode_tables(
         counts[shard_counts["item"].to_numpy()] += shard_counts["count"].to_numpy()
         pairs[shard_counts["item"].to_numpy()] += shard_counts["unlabeled"].to_numpy()
     graded = [card.counts for card in cards if "rating_low" in card.counts]
+    train_rows = {shard.number: int(made[shard.name].counts["train"]) for shard in shards}
+    readers: dict[Group, ColumnReader] = {
+        "items": _item_columns(workspace, ids, counts),
+        "users": _user_columns(workspace, encoded, train_rows),
+        "interactions": _own_columns(workspace, encoded, train_rows),
+    }
+    events = bool(events_of(workspace, shards[0].number))
+    fields, values = fit_fields(sections, readers, min_item_count, events=events, tasks=tasks)
+    _refuse_leaks(workspace, encoded, fields, train_rows)
     vocabularies = Vocabularies(
         grades=Grades(
             min((float(counts["rating_low"]) for counts in graded), default=0.0),
             max((float(counts["rating_high"]) for counts in graded), default=0.0),
         ),
         items=known_items(ids, counts + pairs, min_item_count),
-        attributes=_attribute_values(workspace, attributes),
-        profile=_profile_values(
-            workspace, encoded, profile, {s.number: int(made[s.name].counts["train"]) for s in shards}
-        ),
+        values=values,
+        fields=fields,
     )
     if before is not None:
         vocabularies = grown(vocabularies, before, ids)
@@ -451,7 +535,7 @@ def encode_tables(
     write_items(workspace, folder, encode_items(item_shards(workspace, vocabularies), vocabularies), counts)
     length = max(1, *(int(card.counts["history_length"]) for card in cards))
     sizes = {split: [int(card.counts[split]) for card in cards] for split in SPLITS}
-    done = _Encoded(history_length=length, profile=tuple(vocabularies.profile), sizes=sizes)
+    done = _Encoded(history_length=length, sizes=sizes)
     workspace.write_json(f"{encoded}/{_DONE}", done.model_dump())
 
 
@@ -477,7 +561,8 @@ def evaluated(sizes: Sequence[int]) -> list[int]:
 def item_shards(workspace: Workspace, vocabularies: Vocabularies) -> Iterator[pa.Table]:
     """Shards of the prepared items table, with the encoded columns."""
     for number in workspace.table_shards("items"):
-        yield workspace.read_parquet(table_file("items", number), ["item_id", *vocabularies.attributes])
+        columns = [field.column for field in vocabularies.fields.items]
+        yield workspace.read_parquet(table_file("items", number), ["item_id", *columns])
 
 
 class _EncodedShards:
@@ -489,15 +574,26 @@ class _EncodedShards:
 
     def _open(self, number: int) -> SampleFeatures:
         samples, behaviors = (_map(self.workspace, self.folder, name, number) for name in ("samples", "behaviors"))
-        profile = [value_codes(samples[name], values) for name, values in self.vocabularies.profile.items()]
+        fields, values = self.vocabularies.fields, self.vocabularies.values
+        own, n_users = context_of(samples) if fields.interactions else None, len(fields.users)
+        of_users = {id(field) for field in fields.row_fields[:n_users]}
+
+        def column_of(field: Field) -> pa.ChunkedArray:
+            if id(field) in of_users:
+                return samples["user_id" if field.column == USER_ID else f"users/{field.column}"]
+            assert own is not None
+            return own[field.column]
+
+        codes, numbers = encode_fields(fields.row_fields, column_of, values, len(samples))
         starts, lengths = (samples[name].to_numpy() for name in ("start", "length"))
         history_items, rating, label = (behaviors[name].to_numpy() for name in ("item", "rating", "label"))
         outcomes = self.vocabularies.grades.tokens(rating, label)
-        histories = Histories(starts, lengths, history_items, outcomes, self.done.history_length)
-        names = ("user_id", "item_id", "item", "label", "time", "weight")
+        events = behaviors[EVENT_CODE].to_numpy() if fields.events else None
+        histories = Histories(starts, lengths, history_items, outcomes, self.done.history_length, events)
+        names = ("user_id", "item_id", "item", "label", "timestamp", "weight")
         user_ids, item_ids, items, labels, times, weights = (samples[name].to_numpy() for name in names)
-        profiles = np.stack(profile, axis=1) if profile else np.zeros((len(samples), 0), dtype=np.int32)
-        return SampleFeatures(user_ids, item_ids, items, histories, profiles, labels, times, weights)
+        others = other_labels(samples, fields.tasks)
+        return SampleFeatures(user_ids, item_ids, items, histories, codes, numbers, labels, times, weights, others)
 
 
 class _SplitShards(Sequence[SampleFeatures]):
@@ -525,27 +621,52 @@ def _map(workspace: Workspace, folder: str, name: str, number: int) -> pa.Table:
     return workspace.map_arrow(f"{folder}/{name}/{shard_file(number, '.arrow')}")
 
 
-def _attribute_values(workspace: Workspace, attributes: Sequence[str]) -> dict[str, pa.Array]:
-    shards = workspace.table_shards("items")
-    columns = workspace.parquet_file(table_file("items", 0)).schema_arrow.names
-    return {
-        name: distinct_values(workspace.read_parquet(table_file("items", number), [name])[name] for number in shards)
-        for name in kept_attributes(columns, attributes)
-    }
+def _item_columns(workspace: Workspace, ids: np.ndarray, counts: np.ndarray) -> ColumnReader:
+    """Items as often as training shows them. ids: of all items, ascending; counts: by row of ItemFeatures."""
+
+    def read(column: str) -> Iterator[tuple[pa.ChunkedArray, np.ndarray]]:
+        for number in workspace.table_shards("items"):
+            items = workspace.read_parquet(table_file("items", number), ["item_id", column])
+            yield items[column], counts[item_rows(ids, items["item_id"].to_numpy())]
+
+    return ColumnReader(workspace.parquet_file(table_file("items", 0)).schema_arrow.names, read)
 
 
-def _profile_values(
-    workspace: Workspace, folder: str, profile: Sequence[str], train_rows: Mapping[int, int]
-) -> dict[str, pa.Array]:
-    """Values of users in training. train_rows: in each shard, the first ones."""
-    has = set(_map(workspace, folder, "samples", 0).column_names) if profile else set()
-    return {
-        name: distinct_values(
-            _map(workspace, folder, "samples", n)[name].slice(0, rows) for n, rows in train_rows.items()
-        )
-        for name in profile
-        if name in has
-    }
+def _user_columns(workspace: Workspace, folder: str, train_rows: Mapping[int, int]) -> ColumnReader:
+    """Users as often as training shows them. train_rows: per shard of samples, the first ones."""
+
+    def read(column: str) -> Iterator[tuple[pa.ChunkedArray, np.ndarray]]:
+        for number, rows in train_rows.items():
+            users = workspace.read_shard("users", number, list({USER_ID: None, column: None}))
+            shown = _map(workspace, folder, "samples", number)["user_id"].slice(0, rows).to_numpy()
+            yield users[column], shown_users(users, shown)
+
+    return ColumnReader(workspace.parquet_file(table_file("users", 0)).schema_arrow.names, read)
+
+
+def _own_columns(workspace: Workspace, folder: str, train_rows: Mapping[int, int]) -> ColumnReader:
+    """Columns of the training samples' own interactions. train_rows: see _user_columns."""
+
+    def read(column: str) -> Iterator[tuple[pa.ChunkedArray, np.ndarray]]:
+        for number, rows in train_rows.items():
+            samples = _map(workspace, folder, "samples", number).slice(0, rows)
+            yield context_of(samples)[column], np.ones(rows, dtype=np.int64)
+
+    return ColumnReader(context_of(_map(workspace, folder, "samples", min(train_rows))).column_names, read)
+
+
+def _refuse_leaks(workspace: Workspace, folder: str, fields: FeatureSchema, train_rows: Mapping[int, int]) -> None:
+    """Raises SchemaError for a column of the interactions that tells the label of the first training samples."""
+    tables, left = [], LEAK_ROWS
+    for number, rows in train_rows.items() if fields.interactions else ():
+        samples = _map(workspace, folder, "samples", number).slice(0, min(rows, left))
+        tables.append(context_of(samples).append_column("label/", samples["label"]))
+        if not (left := left - len(samples)):
+            break
+    if tables:
+        some = pa.concat_tables([table.unify_dictionaries() for table in tables])
+        for field in fields.interactions:
+            refuse_leak(field.column, some[field.column], some["label/"].to_numpy())
 
 
 def _total(cards: Sequence[Card], count: str) -> int:

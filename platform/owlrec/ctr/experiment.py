@@ -128,11 +128,13 @@ def blended(samples: pa.Table, soft: pa.Table, alpha: float) -> pa.Table:
     known = keys.drop_duplicates().assign(known=True)
     unseen = probabilities.merge(known, how="left", on=_KEY)
     unseen = unseen[unseen["known"].isna()].drop(columns="known")
-    moments = samples.select([*_MOMENT, "split", "history_start", "history_end"]).to_pandas()
+    own = [name for name in samples.column_names if name.startswith("interactions/")]
+    moments = samples.select([*_MOMENT, "split", "history_start", "history_end", *own]).to_pandas()
     moments = moments[moments["split"] == "train"].drop_duplicates(_MOMENT)
     drawn = unseen.merge(moments, how="inner", on=_MOMENT)
     drawn = drawn.rename(columns={"p": "label"}).assign(weight=np.float32(alpha))
-    added = pa.Table.from_pandas(drawn[samples.column_names], schema=samples.schema, preserve_index=False)
+    drawn = drawn.reindex(columns=samples.column_names)  # their further labels are unknown
+    added = pa.Table.from_pandas(drawn, schema=samples.schema, preserve_index=False)
     return pa.concat_tables([samples, added])
 
 
@@ -231,6 +233,9 @@ class AdaptorConfig(Config):
 # Tables with more rows (such as items) get sparse gradients and row-wise Adagrad. In smaller ones most rows are in
 # every batch, and AdamW is as good (MovieLens-100K, DCN-V2, one split: valid AUC .7545, row-wise .7539 at best).
 SPARSE_ABOVE_ROWS = 50_000
+# Among several workers, tables with more rows are shared out instead of copied if TorchRec is installed: at a width of
+# 32 a copy takes 1.3 GB, and for smaller ones exchanging rows costs more than the memory saved.
+SHARD_ABOVE_ROWS = 10_000_000
 # Of row-wise Adagrad, for those tables. MovieLens-100K, DCN-V2, one split, valid AUC: .005 gave .7539, .01 .7530, .02
 # .7525, .05 .7496, .1 .7458.
 TABLE_LEARNING_RATE = 0.005
@@ -243,6 +248,10 @@ class WorkersConfig(Config):
 
     num_workers: int = Field(default=1, ge=1)
     use_gpu: bool = False  # one for each worker
+
+
+# Of several labels: one bottom, a mixture of experts (MMoE), or shared and own experts in layers (PLE).
+Sharing = Literal["shared", "mmoe", "ple"]
 
 
 class CTRConfig(Config):
@@ -266,10 +275,10 @@ class CTRConfig(Config):
     # Width of the adaptor's experts; KAR's are 128. `owlrec ctr sweep` compares widths on valid.
     expert_dim: int = Field(default=32, ge=1)
     distillation: DistillationConfig | None = None  # None = labels alone; otherwise run `ranker score-pairs` first
-    # Off, as in KAR: with few training users, demographics overfit (MovieLens-100K: valid AUC -.002 to -.004).
-    use_profile: bool = False
-    # Rarer items share one embedding, which new items then use.
+    # Rarer items share one embedding, which new items then use; likewise the rarer values of a feature.
     min_item_count: int = Field(default=2, ge=1)
+    # Further labels, by the network that they share with the first: {mmoe: [conversion]}.
+    tasks: dict[Sharing, tuple[str, ...]] | None = None
 
     @field_validator("backbones")
     @classmethod
@@ -280,6 +289,23 @@ class CTRConfig(Config):
             except RecipeError as error:
                 raise ValueError(str(error)) from None
         return names
+
+    @field_validator("tasks")
+    @classmethod
+    def _one_network(cls, tasks: dict[Sharing, tuple[str, ...]] | None) -> dict[Sharing, tuple[str, ...]] | None:
+        if tasks is not None and (len(tasks) != 1 or not all(tasks.values())):
+            raise ValueError("must hold one network with its labels, such as {mmoe: [conversion]}")
+        return tasks
+
+    @property
+    def task_labels(self) -> tuple[str, ...]:
+        """Names of the further labels."""
+        return next(iter(self.tasks.values())) if self.tasks else ()
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """The network of several labels."""
+        return next(iter(self.tasks)) if self.tasks else None
 
     @field_validator("backbones", "arms", "seeds")
     @classmethod
@@ -332,6 +358,7 @@ class TrialResult(BaseModel):
     parameters: int
     resumed: int = 0  # number of resumes from a checkpoint
     slices: dict[str, SliceMetrics]  # of the test split
+    tasks: dict[str, dict[str, float]] = {}  # further label -> split (valid, test) -> AUC
 
     @property
     def trial(self) -> Trial:

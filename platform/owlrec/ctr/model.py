@@ -1,8 +1,8 @@
 """The CTR model: KAR's hybrid-expert adaptor, and the whole model of embeddings, adaptor and backbone."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from owlrec.config import Config
 from owlrec.ctr.backbones import BACKBONES
-from owlrec.ctr.backbones.networks import BackboneInputs, InputShape, TableRows
-from owlrec.ctr.experiment import AdaptorConfig, CTRConfig
-from owlrec.ctr.features import OUTCOMES, PADDING, FeatureSpec, ItemFeatures
+from owlrec.ctr.backbones.networks import BackboneInputs, InputShape, TableRows, mlp
+from owlrec.ctr.experiment import AdaptorConfig, CTRConfig, Sharing
+from owlrec.ctr.features import OUTCOMES, PADDING, FeatureSpec, Field, ItemFeatures
 from owlrec.ctr.knowledge_tables import VectorTable
 from owlrec.errors import SchemaError
+from owlrec.ids import EVENTS
 
 # -------------------------------------------------------------------------------------------------------------- adaptor
 # The hybrid-expert adaptor of KAR (RecSys 2024, sec. 3.3): turns encoder vectors into two fields of the backbone.
@@ -295,6 +296,7 @@ class ModelSpec(Config):
     embed_dim: int
     hidden_dims: tuple[int, ...]
     expert_dim: int  # of the adaptor
+    sharing: Sharing | None = None  # the network of several labels
     # Vectors per id.
     user_sources: int = 1
     item_sources: int = 1
@@ -323,6 +325,7 @@ class ModelSpec(Config):
             embed_dim=config.embed_dim,
             hidden_dims=config.hidden_dims,
             expert_dim=config.expert_dim,
+            sharing=config.sharing,
             user_sources=user_sources,
             item_sources=item_sources,
             user_codes=user_codes,
@@ -358,13 +361,15 @@ class DistinctItems:
 class Batch:
     """Codes of b rows, and their knowledge if the model has an adaptor. L: history length.
 
-    history, ratings and profile have one row if all rows belong to one user's request.
+    history, ratings, fields, numbers and events have one row if all rows belong to one user's request.
     """
 
     items: Tensor  # int64 [b], row numbers of ItemFeatures
     history: Tensor  # int64 [b or 1, L], row numbers, 0 for padding
     ratings: Tensor  # int64 [b or 1, L]
-    profile: Tensor  # int64 [b or 1, n_profile]
+    fields: Tensor  # int64 [b or 1, coded fields of the sample, width]: see SampleFeatures
+    numbers: Tensor  # float32 [b or 1, log fields of the sample]
+    events: Tensor | None = None  # int64 [b or 1, L], if behaviors have them
     user: BatchVectors | None = None
     item: BatchVectors | None = None
     user_codes: Codes | None = None  # if the model reads semantic ids
@@ -372,6 +377,239 @@ class Batch:
     distinct: DistinctItems | None = None  # for batches with many rows; a request's items rarely repeat
     # float32 [b, knowledge_fields, e]: precomputed output for all of these, the user's fields first; replaces them
     adaptor_fields: Tensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+# Several labels of one sample (click and conversion): networks over all fields, with one output per label.
+#
+# A backbone gives one logit, the same for all labels up to a learned weight; what differs between labels is the task of
+# the networks beside it: a shared bottom (Caruana 1997), a mixture of experts with a gate per label (MMoE, Ma et al.,
+# KDD 2018) or experts of all labels beside those of each, in two layers (PLE, Tang et al., RecSys 2020).
+
+
+EXPERTS = 4  # of MMoE
+PLE_EXPERTS = 2  # shared by all labels, and of each label
+
+
+class Mixture(nn.Module):
+    """Experts, one layer each, mixed by the softmax of a gate."""
+
+    def __init__(self, n: int, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.layer, self.shape = nn.Linear(in_dim, n * out_dim), (n, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [b, n, out_dim], not negative. x: float32 [b, in_dim]."""
+        return self.layer(x).relu().unflatten(1, self.shape)
+
+
+def mixed(gate: nn.Module, x: Tensor, experts: Tensor) -> Tensor:
+    """float32 [b, out_dim]. x: the gate's input, float32 [b, in_dim]; experts: float32 [b, n, out_dim]."""
+    return torch.einsum("bn,bnd->bd", torch.softmax(gate(x), dim=1), experts)
+
+
+class SharedBottom(nn.Module):
+    """One network, with a layer per label on top."""
+
+    def __init__(self, tasks: int, in_dim: int, hidden_dims: Sequence[int]) -> None:
+        super().__init__()
+        self.bottom = mlp(in_dim, hidden_dims, DROPOUT)
+        self.towers = nn.Linear(hidden_dims[-1], tasks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [b, tasks]: logits. x: float32 [b, in_dim]."""
+        logits: Tensor = self.towers(self.bottom(x))
+        return logits
+
+
+class MMoE(nn.Module):
+    """Experts shared by all labels, with a gate and a tower per label."""
+
+    def __init__(self, tasks: int, in_dim: int, hidden_dims: Sequence[int]) -> None:
+        super().__init__()
+        self.experts = Mixture(EXPERTS, in_dim, hidden_dims[0])
+        self.gates = nn.ModuleList(nn.Linear(in_dim, EXPERTS) for _ in range(tasks))
+        self.towers = nn.ModuleList(mlp(hidden_dims[0], hidden_dims[1:], DROPOUT, out_dim=1) for _ in range(tasks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See SharedBottom."""
+        experts = self.experts(x)
+        each = zip(self.gates, self.towers, strict=True)
+        return torch.cat([tower(mixed(gate, x, experts)) for gate, tower in each], dim=1)
+
+
+class PLE(nn.Module):
+    """Two layers of experts: in the first the shared part sees the experts of all labels, in the second each label its
+    own and the shared ones.
+    """
+
+    def __init__(self, tasks: int, in_dim: int, hidden_dims: Sequence[int]) -> None:
+        super().__init__()
+        first, second = hidden_dims[0], hidden_dims[min(1, len(hidden_dims) - 1)]
+        n = PLE_EXPERTS
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "experts": nn.ModuleList(Mixture(n, width, out) for _ in range(tasks + 1)),  # the shared ones last
+                    "gates": nn.ModuleList(nn.Linear(width, 2 * n) for _ in range(tasks)),
+                }
+            )
+            for width, out in ((in_dim, first), (first, second))
+        )
+        self.shared_gate = nn.Linear(in_dim, n * (tasks + 1))
+        self.towers = nn.ModuleList(mlp(second, hidden_dims[2:], DROPOUT, out_dim=1) for _ in range(tasks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See SharedBottom."""
+        states = [x] * (len(self.towers) + 1)
+        for layer in self.layers:
+            experts = [own(state) for own, state in zip(layer["experts"], states, strict=True)]  # type: ignore[index]
+            gates = layer["gates"]  # type: ignore[index]
+            new = [
+                mixed(gate, state, torch.cat([own, experts[-1]], dim=1))
+                for gate, state, own in zip(gates, states, experts, strict=False)
+            ]
+            states = [*new, mixed(self.shared_gate, x, torch.cat(experts, dim=1)) if states[-1] is x else new[0]]
+        return torch.cat([tower(state) for tower, state in zip(self.towers, states, strict=False)], dim=1)
+
+
+class TaskHeads(nn.Module):
+    """Logits of all labels from a backbone's and from all fields."""
+
+    NETWORKS: ClassVar = {"shared": SharedBottom, "mmoe": MMoE, "ple": PLE}
+
+    def __init__(self, sharing: Sharing, tasks: int, in_dim: int, hidden_dims: Sequence[int]) -> None:
+        super().__init__()
+        self.network = self.NETWORKS[sharing](tasks, in_dim, hidden_dims)
+        self.weights = nn.Parameter(torch.ones(tasks))  # of the backbone's logit
+
+    def forward(self, logit: Tensor, fields: Tensor) -> Tensor:
+        """float32 [b, tasks]. logit: float32 [b]; fields: float32 [b, n_fields, e]."""
+        logits: Tensor = logit[:, None] * self.weights + self.network(fields.flatten(1))
+        return logits
+
+
+# --------------------------------------------------------------------------------------------------------------- fields
+
+
+class FieldEmbeddings(nn.Module):
+    """Fields from codes and numbers. A multi-valued field is the mean of its values; a number on a log scale is
+    x w + b with a vector w and b per field, and a vector in place of a missing one.
+    """
+
+    def __init__(self, fields: Sequence[Field], tables: Sequence[str], dim: int) -> None:
+        """tables: names of the embedding tables, in the order in which `forward` receives them."""
+        super().__init__()
+        self._coded = [(tables.index(f.table), f.width) for f in fields if f.type != "log"]
+        n = len(fields) - len(self._coded)
+        # DistributedDataParallel refuses parameters without a gradient, so without numbers there are none.
+        self.reads_codes, self.reads_numbers, self._dim = bool(self._coded), n > 0, dim
+        if n:
+            self.scale, self.bias, self.missing = (nn.Parameter(torch.randn(n, dim) * _INIT_STD) for _ in range(3))
+
+    def forward(self, tables: nn.ModuleList, codes: Tensor, numbers: Tensor) -> Tensor:
+        """float32 [b, fields, dim]: coded ones, then numbers. codes: int64 [b, coded, width], 0 is padding; numbers:
+        float32 [b, log], NaN if missing.
+        """
+        parts: list[Tensor] = []
+        for at, (table, width) in enumerate(self._coded):
+            if width == 1:
+                parts.append(tables[table](codes[:, at, 0]))
+                continue
+            values = codes[:, at, :width]
+            n_values = (values != PADDING).sum(1, keepdim=True).clamp(min=1)
+            parts.append(tables[table](values).sum(1) / n_values)
+        coded = torch.stack(parts, dim=1) if parts else numbers.new_zeros(len(codes), 0, self._dim)
+        if not self.reads_numbers:
+            return coded
+        known = ~numbers.isnan().unsqueeze(2)
+        scaled = numbers.nan_to_num().unsqueeze(2) * self.scale + self.bias
+        return torch.cat([coded, torch.where(known, scaled, self.missing)], dim=1)
+
+
+class ShardedTable(nn.Module):
+    """An embedding table whose rows are shared out among the workers of the default group (TorchRec, row-wise), trained
+    by FBGEMM's EXACT_ROWWISE_ADAGRAD in the backward pass: no worker ever holds the whole table.
+
+    All workers must call `forward` equally often. Its weights are outside `parameters` and `state_dict`: each worker
+    has its own (`local`).
+    """
+
+    def __init__(self, rows: int, dim: int, learning_rate: float, device: str) -> None:
+        """Needs TorchRec (the extra `torchrec`)."""
+        super().__init__()
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from torchrec import EmbeddingCollection, EmbeddingConfig
+        from torchrec.distributed.embedding import EmbeddingCollectionSharder
+        from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+        from torchrec.distributed.types import ShardingEnv
+
+        self.shape = (rows, dim)
+        config = EmbeddingConfig(
+            name=_ROWS, embedding_dim=dim, num_embeddings=rows, feature_names=[_ROWS], init_fn=_small_normal
+        )
+        whole = EmbeddingCollection(tables=[config], device=torch.device("meta"))
+        optimizer = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": learning_rate, "eps": 1e-8}
+        sharder, group = EmbeddingCollectionSharder(fused_params=optimizer), torch.distributed.group.WORLD
+        world_size, kind = torch.distributed.get_world_size(), torch.device(device).type
+        plan = construct_module_sharding_plan(
+            whole,
+            {_ROWS: row_wise(compute_kernel="fused")},
+            sharder=sharder,
+            world_size=world_size,
+            local_size=world_size,
+            device_type=kind,
+        )
+        sharded = sharder.shard(whole, plan, ShardingEnv.from_process_group(group), device=torch.device(device))
+        self._sharded = (sharded,)  # in a tuple, so that it is not a submodule: neither AdamW nor DDP may see it
+
+    @property
+    def local(self) -> dict[str, Tensor]:
+        """This worker's rows [n, dim] and their sums of Adagrad [n], as they are in training."""
+        (sharded,) = self._sharded
+        ((rows,), (sums,)) = (
+            _local(values) for values in (sharded.state_dict(), sharded.fused_optimizer.state_dict()["state"])
+        )
+        return {"rows": rows, "sums": sums}
+
+    def load(self, table: Tensor, rank: int) -> None:
+        """Takes this worker's rows of a whole table. table: float32 [rows, dim]."""
+        mine = self.local["rows"]
+        per_worker = -(-self.shape[0] // torch.distributed.get_world_size())
+        mine.copy_(table[rank * per_worker :][: len(mine)])
+
+    def gathered(self, rank: int) -> Tensor | None:
+        """The whole table on rank 0, float32 [rows, dim] on the CPU; None elsewhere. All workers must call it."""
+        mine = self.local["rows"]
+        world_size = torch.distributed.get_world_size()
+        per_worker = -(-self.shape[0] // world_size)
+        padded = F.pad(mine, (0, 0, 0, per_worker - len(mine)))
+        parts = [torch.empty_like(padded) for _ in range(world_size)] if rank == 0 else None
+        torch.distributed.gather(padded, parts)
+        return None if parts is None else torch.cat(parts)[: self.shape[0]].float().cpu()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """float32 [..., dim], zeros for padding. ids: int64."""
+        from torchrec import KeyedJaggedTensor
+
+        flat = ids.flatten()
+        asked = KeyedJaggedTensor(keys=[_ROWS], values=flat, lengths=flat.new_tensor([len(flat)]))
+        (sharded,) = self._sharded
+        rows: Tensor = sharded(asked)[_ROWS].values()
+        return (rows * (flat != PADDING).unsqueeze(1)).unflatten(0, ids.shape)
+
+
+_ROWS = "rows"  # name of a sharded table and its feature
+
+
+def _small_normal(weights: Tensor) -> None:
+    nn.init.normal_(weights, std=_INIT_STD)
+
+
+def _local(state: Mapping[str, Any]) -> list[Tensor]:
+    """Local tensors of the ShardedTensors in a state of TorchRec."""
+    flat = [v for value in state.values() for v in (value.values() if isinstance(value, Mapping) else [value])]
+    return [value.local_shards()[0].tensor for value in flat]
 
 
 class CTRModel(nn.Module):
@@ -382,26 +620,46 @@ class CTRModel(nn.Module):
 
     item_codes: Tensor
     item_attributes: Tensor
+    item_numbers: Tensor
     all_ratings: Tensor
+    all_events: Tensor
 
-    def __init__(self, spec: ModelSpec, items: ItemFeatures) -> None:
+    def __init__(
+        self, spec: ModelSpec, items: ItemFeatures, table: Callable[[int, int], nn.Module] | None = None
+    ) -> None:
+        """table: makes the embeddings of an id or a feature from rows and width; by default an nn.Embedding."""
         super().__init__()
         self.spec = spec
+        table = table or plain_table
         self.register_buffer("item_codes", torch.from_numpy(items.codes.astype(np.int64)), persistent=False)
-        self.register_buffer("item_attributes", torch.from_numpy(items.attributes.astype(np.int64)), persistent=False)
+        # Only those with columns: torch.export (2.13) cannot save two empty buffers.
+        for name, array in (("item_attributes", items.attributes.astype(np.int64)), ("item_numbers", items.numbers)):
+            if array.size:
+                self.register_buffer(name, torch.from_numpy(array), persistent=False)
         features, width = spec.features, spec.embed_dim
-        self.item = _embedding(features.n_items, width)
-        self.attributes = nn.ModuleList(_embedding(size, width) for size in features.attributes.values())
-        self.rating = _embedding(OUTCOMES, width)
+        fields = features.fields
+        self.item = table(features.n_items, width)
+        self.tables = nn.ModuleList(table(size, width) for size in features.tables.values())
+        self.item_features = FieldEmbeddings(fields.items, list(features.tables), width)
+        self.row_features = FieldEmbeddings(fields.row_fields, list(features.tables), width)
+        self.rating = plain_table(OUTCOMES, width)
         self.register_buffer("all_ratings", torch.arange(OUTCOMES), persistent=False)
-        self.profile = nn.ModuleList(_embedding(size, width) for size in features.profile.values())
+        self.event = plain_table(len(EVENTS) + 1, width) if fields.events else None
+        self.register_buffer("all_events", torch.arange(len(EVENTS) + 1), persistent=False)
+        item_fields = 1 + len(fields.items)
         shape = InputShape(
-            item_fields=1 + len(features.attributes),
-            profile_fields=len(features.profile),
+            item_fields=item_fields,
+            side_fields=1 + fields.events,
+            profile_fields=len(fields.row_fields) + item_fields * len(fields.sequences),
             knowledge_fields=spec.knowledge_fields,
             embed_dim=width,
         )
         self.backbone = BACKBONES.load(spec.backbone)(shape, hidden_dims=spec.hidden_dims, dropout=DROPOUT)
+        self.heads = (
+            TaskHeads(spec.sharing, 1 + len(fields.tasks), shape.n_fields * width, spec.hidden_dims)
+            if spec.sharing
+            else None
+        )
         self.adaptor = (
             Adaptor(
                 spec.knowledge_dim,
@@ -417,54 +675,79 @@ class CTRModel(nn.Module):
             CodeFields(spec.user_codes, spec.item_codes, width, init_std=_INIT_STD) if spec.user_codes else None
         )
 
+    @property
+    def sharded_tables(self) -> dict[str, ShardedTable]:
+        """Tables shared out among workers, by name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, ShardedTable)}
+
     def forward(self, batch: Batch) -> Tensor:
-        """float32 [b]: logits.
+        """float32 [b]: logits; with further labels [b, 1 + tasks], the primary one first.
 
         Raises ValueError if the model has an adaptor and the batch has no knowledge, or another number of sources.
         """
         target, history, behaviors = self._embedded(batch)
-        profile = [table(batch.profile[:, i]) for i, table in enumerate(self.profile)]
-        return self.backbone(
-            BackboneInputs(
-                target=target,
-                history=history,
-                mask=batch.history != PADDING,
-                profile=torch.stack(profile, dim=1) if profile else target[:, :0],
-                knowledge=self.adaptor_fields(batch),
-                behaviors=behaviors,
-            )
+        inputs = BackboneInputs(
+            target=target,
+            history=history,
+            mask=batch.history != PADDING,
+            profile=self.row_features(self.tables, batch.fields, batch.numbers),
+            knowledge=self.adaptor_fields(batch),
+            behaviors=behaviors,
         )
+        inputs = replace(inputs, profile=torch.cat([inputs.profile, *self._sequences(batch, inputs)], 1))
+        logit: Tensor = self.backbone(inputs)
+        return logit if self.heads is None else self.heads(logit, inputs.fields())
+
+    def _sequences(self, batch: Batch, inputs: BackboneInputs) -> list[Tensor]:
+        """Mean of the behaviors with a sequence's events, float32 [b or 1, item_fields, e] for each."""
+        pooled: list[Tensor] = []
+        for events in self.spec.features.fields.sequences.values():
+            if batch.events is None:
+                raise ValueError("this model reads sequences of events, so its batches need the events of behaviors.")
+            chosen = torch.stack([batch.events == event for event in events]).any(0) & inputs.mask
+            weights = chosen.to(inputs.target.dtype)
+            mean = inputs.sum_history(weights / weights.sum(1, keepdim=True).clamp(min=1))
+            pooled.append(mean[:, : inputs.target.shape[1]])
+        return pooled
 
     def _embedded(self, batch: Batch) -> tuple[Tensor, Tensor, TableRows | None]:
         """Targets, behaviors, and behaviors as table rows, as in BackboneInputs."""
         if batch.distinct is None:
             rows = torch.cat([batch.items, batch.history.flatten()])
             target, history = self.embed_items(rows).split([batch.items.shape[0], batch.history.numel()])
-            return target, self._with_ratings(history, batch), None
+            return target, self._with_outcomes(history, batch), None
         target_rows, history_rows = batch.distinct.target_rows, batch.distinct.history_rows.flatten()
         distinct = self.embed_items(batch.distinct.rows)
         flat = distinct.flatten(1)
-        behaviors = TableRows((flat, self.rating(self.all_ratings)), (batch.distinct.history_rows, batch.ratings))
+        tables, rows_of_tables = [flat, self.rating(self.all_ratings)], [batch.distinct.history_rows, batch.ratings]
+        if self.event is not None and batch.events is not None:
+            tables.append(self.event(self.all_events))
+            rows_of_tables.append(batch.events)
+        behaviors = TableRows(tuple(tables), tuple(rows_of_tables))
         target = F.embedding(target_rows, flat).unflatten(1, distinct.shape[1:])
         if not self.backbone.reads_behaviors:
-            return target, target.new_empty(len(target), 0, distinct.shape[1] + 1, distinct.shape[2]), behaviors
+            n_fields = distinct.shape[1] + len(tables) - 1
+            return target, target.new_empty(len(target), 0, n_fields, distinct.shape[2]), behaviors
         history = F.embedding(history_rows, flat).unflatten(1, distinct.shape[1:])
-        return target, self._with_ratings(history, batch), behaviors
+        return target, self._with_outcomes(history, batch), behaviors
 
-    def _with_ratings(self, history: Tensor, batch: Batch) -> Tensor:
-        ratings = self.rating(batch.ratings).unsqueeze(2)
-        return torch.cat([history.unflatten(0, batch.history.shape), ratings], dim=2)
+    def _with_outcomes(self, history: Tensor, batch: Batch) -> Tensor:
+        side = [self.rating(batch.ratings).unsqueeze(2)]
+        if self.event is not None:
+            if batch.events is None:
+                raise ValueError("this model reads events of behaviors, so its batches need them.")
+            side.append(self.event(batch.events).unsqueeze(2))
+        return torch.cat([history.unflatten(0, batch.history.shape), *side], dim=2)
 
     def embed_items(self, rows: Tensor) -> Tensor:
-        """rows: int64 [u]. Returns float32 [u, 1 + n_attributes, embed_dim]; averages the values of a multi-valued
-        attribute.
-        """
-        fields = [self.item(self.item_codes[rows])]
-        values = self.item_attributes[rows]
-        for i, table in enumerate(self.attributes):
-            n_values = (values[:, i] != PADDING).sum(1, keepdim=True).clamp(min=1)
-            fields.append(table(values[:, i]).sum(1) / n_values)
-        return torch.stack(fields, dim=1)
+        """rows: int64 [u]. Returns float32 [u, item_fields, embed_dim]: the id, then the features."""
+        ids = self.item(self.item_codes[rows]).unsqueeze(1)
+        if not self.spec.features.fields.items:
+            return ids
+        none = ids[:, :0, 0]
+        codes = self.item_attributes[rows] if self.item_features.reads_codes else none
+        numbers = self.item_numbers[rows] if self.item_features.reads_numbers else none
+        return torch.cat([ids, self.item_features(self.tables, codes, numbers)], dim=1)
 
     def adaptor_fields(self, batch: Batch) -> Tensor | None:
         """float32 [b, knowledge_fields, e]: the user's fields, then the item's; None for an arm without knowledge."""
@@ -482,7 +765,8 @@ class CTRModel(nn.Module):
         return torch.stack(forms, dim=2).flatten(1, 2) if forms else None
 
 
-def _embedding(size: int, dim: int) -> nn.Embedding:
+def plain_table(size: int, dim: int) -> nn.Embedding:
+    """Embeddings of `size` codes, each worker's own copy."""
     table = nn.Embedding(size, dim, padding_idx=PADDING)
     nn.init.normal_(table.weight, std=_INIT_STD)
     with torch.no_grad():

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
@@ -30,6 +31,7 @@ from owlrec import evaluation as metrics
 from owlrec.ctr.batches import SplitBatches, Tables, epoch_steps, scan_steps, segments
 from owlrec.ctr.experiment import (
     SCORES_FILE,
+    SHARD_ABOVE_ROWS,
     SPARSE_ABOVE_ROWS,
     TABLE_LEARNING_RATE,
     CTRConfig,
@@ -41,9 +43,9 @@ from owlrec.ctr.experiment import (
     slice_metrics,
     slices_of,
 )
-from owlrec.ctr.features import Features, Grades, ItemFeatures, Split, Vocabularies
+from owlrec.ctr.features import Features, FeatureSchema, Grades, ItemFeatures, Split, Vocabularies
 from owlrec.ctr.knowledge_tables import STREAMING, VectorTable, arm_parts, arm_sources, cascade_slots, refuse_two_sizes
-from owlrec.ctr.model import CTRModel, ModelSpec, code_sizes
+from owlrec.ctr.model import CTRModel, ModelSpec, ShardedTable, code_sizes, plain_table
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
@@ -280,9 +282,15 @@ class CheckpointFile:
         progress.resumed += 1
         return progress, tensors
 
-    def delete(self) -> None:
-        """Removes the file if it exists."""
-        self.workspace.delete_file(self.path)
+    def of_rank(self, rank: int) -> "CheckpointFile":
+        """The file of a worker's part of sharded tables."""
+        return replace(self, path=f"{self.path}.{rank}")
+
+    def delete(self, world_size: int = 1) -> None:
+        """Removes the file, and those of the ranks, if they exist."""
+        for path in (self.path, *(self.of_rank(rank).path for rank in range(world_size))):
+            if self.workspace.exists(path):
+                self.workspace.delete_file(path)
 
 
 def metadata_of(data: bytes) -> dict[str, str]:
@@ -359,6 +367,7 @@ class Epochs:
         torch.manual_seed(seed + worker.rank)  # from here on, only dropout is random; it must differ between ranks
         self.progress = Progress()
         self.best_weights: dict[str, Tensor] = {}
+        self.best_rows: dict[str, Tensor] = {}  # of this worker's part of sharded tables
         self._resume()
 
     def train(self, split: SplitBatches, valid_auc: Callable[[int], float]) -> Progress:
@@ -373,11 +382,17 @@ class Epochs:
             auc = valid_auc(progress.epoch)
             if auc > progress.best_auc:
                 progress.best_auc, progress.best_epoch = auc, progress.epoch
-                self.best_weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             if progress.epoch - progress.best_epoch >= self.config.patience or progress.epoch >= self.config.epochs:
                 break
+            if progress.best_epoch == progress.epoch:  # the last epoch's weights need no copy
+                self.best_weights = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+                tables = self.model.sharded_tables
+                self.best_rows = {name: table.local["rows"].clone() for name, table in tables.items()}
             progress.epoch, progress.batches = progress.epoch + 1, 0
-        self.model.load_state_dict(self.best_weights)
+        if progress.best_epoch != progress.epoch:
+            self.model.load_state_dict(self.best_weights)
+            for name, table in self.model.sharded_tables.items():
+                table.local["rows"].copy_(self.best_rows[name])
         return progress
 
     def _train_epoch(self, split: SplitBatches) -> None:
@@ -406,6 +421,11 @@ class Epochs:
 
     def _save(self, checkpoint: CheckpointFile) -> None:
         random = random_states(self.worker)
+        if tables := self.model.sharded_tables:
+            own = {f"{part}/{name}": value for name, table in tables.items() for part, value in table.local.items()}
+            own |= {f"best/{name}": value for name, value in self.best_rows.items()}
+            checkpoint.of_rank(self.worker.rank).save(self.progress, own)
+            dist.barrier()  # all parts are there before the file that names their step
         if self.worker.rank == 0:
             parts = {
                 "model": self.model.state_dict(),
@@ -417,7 +437,7 @@ class Epochs:
 
     def _resume(self) -> None:
         saved = self.checkpoint.load() if self.checkpoint is not None else None
-        if saved is None:
+        if saved is None or not self._resume_tables(saved[0].steps):
             return
         self.progress, tensors = saved
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "random": {}}
@@ -429,6 +449,25 @@ class Epochs:
         self.optimizers.restore(parts["optimizer"], self.progress.steps)
         restore_random_states(parts["random"], self.worker)
         logger.info("resumed in epoch %d, after %d batches", self.progress.epoch, self.progress.batches)
+
+    def _resume_tables(self, steps: int) -> bool:
+        """Restores this worker's part of sharded tables. False, on every rank, if a part is of another step: a kill
+        between two files, after which the trial starts again.
+        """
+        tables = self.model.sharded_tables
+        if not tables:
+            return True
+        assert self.checkpoint is not None
+        own = self.checkpoint.of_rank(self.worker.rank).load()
+        same = torch.tensor([own is not None and own[0].steps == steps], dtype=torch.int32, device=self.worker.device)
+        dist.all_reduce(same, dist.ReduceOp.MIN)
+        if not bool(same) or own is None:
+            return False
+        for name, table in tables.items():
+            for part, value in table.local.items():
+                value.copy_(own[1][f"{part}/{name}"])
+        self.best_rows = {key.removeprefix("best/"): v for key, v in own[1].items() if key.startswith("best/")}
+        return True
 
 
 # -------------------------------------------------------------------------------------------------------------- fitting
@@ -515,7 +554,7 @@ def train_one(
         user_codes=code_sizes(tables.users) if tables and tables.form != "vectors" else (),
         item_codes=code_sizes(tables.items) if tables and tables.form != "vectors" else (),
     )
-    model = CTRModel(spec, data.features.items)
+    model = CTRModel(spec, data.features.items, table_maker(worker))
     if begin is not None:
         begin(model, data.features.vocabularies)
     model = model.to(worker.device)
@@ -534,7 +573,7 @@ def train_one(
         return metrics.auc(labels, scores)
 
     progress = Epochs(model, config, trial.seed, train.sizes, worker, checkpoint).train(splits["train"], valid_auc)
-    valid, test = (_scored(model, splits[name], worker) for name in ("valid", "test"))
+    (valid, valid_tasks), (test, test_tasks) = (_scored(model, splits[name], worker) for name in ("valid", "test"))
     items, lengths = _columns(splits["test"].split, "items", "history_lengths")
     slices = slices_of(items, lengths, data.features.item_counts)
     result = TrialResult(
@@ -545,29 +584,71 @@ def train_one(
         best_epoch=progress.best_epoch,
         seconds=round(time.perf_counter() - started, 3),
         samples_per_s=round(progress.epoch * len(train) / max(progress.training_s, 1e-9), 1),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in model.parameters())
+        + sum(rows * dim for rows, dim in (table.shape for table in model.sharded_tables.values())),
         resumed=progress.resumed,
         slices=slice_metrics(test.labels, test.scores, slices),
+        tasks={name: {"valid": valid_tasks[name], "test": test_tasks[name]} for name in valid_tasks},
     )
     return Trained(result, model.eval(), test)
 
 
+def table_maker(worker: Worker) -> Callable[[int, int], nn.Module]:
+    """Makes embedding tables: shared out among several workers if they are large and TorchRec is installed."""
+    shares = worker.world_size > 1 and find_spec("torchrec") is not None
+
+    def made(rows: int, dim: int) -> nn.Module:
+        if shares and rows > SHARD_ABOVE_ROWS:
+            return ShardedTable(rows, dim, TABLE_LEARNING_RATE, worker.device)
+        return plain_table(rows, dim)
+
+    return made
+
+
+def all_weights(model: CTRModel, worker: Worker = ALONE) -> dict[str, Tensor]:
+    """All weights by name, on the CPU; without sharded tables except on rank 0. All ranks must call it."""
+    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    for name, table in model.sharded_tables.items():
+        whole = table.gathered(worker.rank)
+        if whole is not None:
+            weights[f"{name}.weight"] = whole
+    return weights
+
+
 def score(model: CTRModel, split: SplitBatches, worker: Worker = ALONE) -> np.ndarray:
-    """float64 [n]: probabilities of a split's rows, in order, on every rank; each rank computes a range of them."""
+    """float64 [n]: `score_labels` of the primary label."""
+    return score_labels(model, split, worker)[:, 0]
+
+
+def score_labels(model: CTRModel, split: SplitBatches, worker: Worker = ALONE) -> np.ndarray:
+    """float64 [n, labels]: probabilities of a split's rows, in order, on every rank; each rank computes a range of
+    them.
+    """
     sizes, n = split.split.sizes, len(split.split)
     share = -(-n // worker.world_size)
     start, end = (min(n, share * rank) for rank in (worker.rank, worker.rank + 1))
     model.eval()
     with torch.no_grad(), closing(split.batches(scan_steps(sizes, start, end, _SCORING_ROWS))) as batches:
-        parts = [model(batch) for batch, _ in batches]
-    logits = torch.cat([*parts, torch.empty(0, device=split.device)])
+        parts = [_each_label(model(batch)) for batch, _ in batches]
+    if model.sharded_tables:  # whose rows every worker asks for equally often
+        missing = -(-share // _SCORING_ROWS) - len(parts)
+        with torch.no_grad(), closing(split.batches(list(scan_steps(sizes, 0, 1, 1)) * missing)) as batches:
+            for batch, _ in batches:
+                model(batch)
+    n_labels = 1 + len(model.spec.features.fields.tasks)
+    logits = torch.cat([*parts, torch.empty(0, n_labels, device=split.device)])
     if worker.world_size > 1:
         # The last ranks may have fewer rows: they pad, and the truncation to n removes exactly that padding.
-        logits = F.pad(logits, (0, share - len(logits)))
+        logits = F.pad(logits, (0, 0, 0, share - len(logits)))
         gathered = [torch.empty_like(logits) for _ in range(worker.world_size)]
         dist.all_gather(gathered, logits)
         logits = torch.cat(gathered)[:n]
     return logits.double().sigmoid().cpu().numpy()
+
+
+def _each_label(logits: Tensor) -> Tensor:
+    """float32 [b, labels]."""
+    return logits if logits.dim() == 2 else logits[:, None]
 
 
 def _columns(split: Split, *names: str) -> list[np.ndarray]:
@@ -580,9 +661,17 @@ def _columns(split: Split, *names: str) -> list[np.ndarray]:
     return [np.concatenate(column) for column in columns]
 
 
-def _scored(model: CTRModel, split: SplitBatches, worker: Worker) -> ScoredRows:
+def _scored(model: CTRModel, split: SplitBatches, worker: Worker) -> tuple[ScoredRows, dict[str, float]]:
+    """Scores of the primary label, and the AUC of each further one, on the rows where it is known."""
     user_ids, item_ids, labels = _columns(split.split, "user_ids", "item_ids", "labels")
-    return ScoredRows(user_ids, item_ids, labels, score(model, split, worker))
+    scores, tasks = score_labels(model, split, worker), model.spec.features.fields.tasks
+    aucs = {}
+    if tasks:
+        (others,) = _columns(split.split, "others")
+        for at, name in enumerate(tasks):
+            known = ~np.isnan(others[:, at])
+            aucs[name] = metrics.auc(others[known, at], scores[known, 1 + at])
+    return ScoredRows(user_ids, item_ids, labels, scores[:, 0].copy()), aucs
 
 
 def _evaluate(rows: ScoredRows) -> Metrics:
@@ -604,13 +693,18 @@ def _evaluate(rows: ScoredRows) -> Metrics:
 
 VOCABULARIES = "vocabularies.parquet"
 ITEMS = "items.safetensors"
-_SEPARATOR = "/"
+VALUES = "values/"  # prefix of a field of the file: the vocabulary of a table of embeddings
 
 
-def export_trial(workspace: Workspace, fingerprint: str, trained: Trained) -> str:
-    """Writes a trained trial and returns its folder, relative to the workspace; result.json completes it."""
+def export_trial(
+    workspace: Workspace, fingerprint: str, trained: Trained, weights: dict[str, Tensor] | None = None
+) -> str:
+    """Writes a trained trial and returns its folder, relative to the workspace; result.json completes it.
+
+    weights: of `all_weights`, if the model has sharded tables.
+    """
     folder = f"{grid_folder(fingerprint)}/{trained.result.trial.path}"
-    weights = {name: value.cpu().contiguous() for name, value in trained.model.state_dict().items()}
+    weights = all_weights(trained.model) if weights is None else weights
     workspace.write_bytes(f"{folder}/model.safetensors", safetensors.torch.save(weights))
     workspace.write_json(f"{folder}/spec.json", trained.model.spec.model_dump(mode="json"))
     workspace.write_parquet(f"{folder}/{SCORES_FILE}", trained.test.to_table())
@@ -639,9 +733,9 @@ def write_vocabularies(workspace: Workspace, folder: str, vocabularies: Vocabula
     """Writes vocabularies.parquet: columns field and value, in the order of the codes."""
     fields = {
         "item": vocabularies.items.cast(pa.string()),
-        **{f"attribute{_SEPARATOR}{name}": values for name, values in vocabularies.attributes.items()},
-        **{f"profile{_SEPARATOR}{name}": values for name, values in vocabularies.profile.items()},
+        **{f"{VALUES}{name}": values for name, values in vocabularies.values.items()},
         "grades": pa.array([repr(rating) for rating in vocabularies.grades]),  # lowest and highest
+        "fields": pa.array([vocabularies.fields.model_dump_json()]),
     }
     # A field without values would vanish from the table, and a column of the model's input with it.
     values = [pa.concat_arrays([pa.array([None], pa.string()), v.cast(pa.string())]) for v in fields.values()]
@@ -658,14 +752,10 @@ def read_vocabularies(workspace: Workspace, folder: str) -> Vocabularies:
         for name in pc.unique(table["field"]).to_pylist()
     }
 
-    def section(kind: str) -> dict[str, pa.Array]:
-        prefix = kind + _SEPARATOR
-        return {name.removeprefix(prefix): values for name, values in fields.items() if name.startswith(prefix)}
-
     return Vocabularies(
         items=fields["item"].cast(pa.int64()),
-        attributes=section("attribute"),
-        profile=section("profile"),
+        values={name.removeprefix(VALUES): v for name, v in fields.items() if name.startswith(VALUES)},
+        fields=FeatureSchema.model_validate_json(fields["fields"][0].as_py()),
         grades=Grades(*map(float, fields["grades"].to_pylist())),
     )
 
@@ -673,7 +763,8 @@ def read_vocabularies(workspace: Workspace, folder: str) -> Vocabularies:
 def write_items(workspace: Workspace, folder: str, items: ItemFeatures, counts: np.ndarray | None = None) -> None:
     """Writes items.safetensors. counts: features.Features.item_counts, for training only."""
     counts = np.zeros(len(items.codes), np.int64) if counts is None else counts
-    arrays = {"ids": items.ids, "codes": items.codes, "attributes": items.attributes, "counts": counts}
+    arrays = {"ids": items.ids, "codes": items.codes, "attributes": items.attributes, "numbers": items.numbers}
+    arrays["counts"] = counts
     workspace.write_bytes(f"{folder}/{ITEMS}", safetensors.numpy.save(arrays))
 
 
@@ -681,7 +772,8 @@ def read_items(workspace: Workspace, folder: str) -> tuple[ItemFeatures, np.ndar
     """Reads the file of `write_items`. Raises WorkspaceError if it is missing or damaged."""
     try:
         arrays = safetensors.numpy.load(workspace.read_bytes(f"{folder}/{ITEMS}"))
-        return ItemFeatures(arrays["ids"], arrays["codes"], arrays["attributes"]), arrays["counts"]
+        names = ("ids", "codes", "attributes", "numbers")
+        return ItemFeatures(*(arrays[name] for name in names)), arrays["counts"]
     except (KeyError, safetensors.SafetensorError) as error:
         raise WorkspaceError(
             f"{workspace.path(folder)}: {ITEMS} is damaged ({error}). Run the stage that wrote it again."

@@ -17,6 +17,7 @@ from typing import Any
 
 from owlrec.config import Config
 from owlrec.ctr.experiment import ENCODED, CTRConfig, Trial, TrialResult, WorkersConfig, finished_trials, grid_folder
+from owlrec.ctr.features import FeatureSections
 from owlrec.ctr.knowledge_tables import arm_sources, stored_sources
 from owlrec.ctr.trainer import ALONE, Worker
 from owlrec.errors import root_mistake
@@ -58,8 +59,7 @@ class GridSpec(WorkerSpec):
     trials: tuple[Trial, ...]
     knowledge: dict[str, dict[str, str]]  # source -> kind -> folder, for the sources that trials read
     fingerprint: str
-    attributes: tuple[str, ...]
-    profile: tuple[str, ...]
+    features: FeatureSections = {}
     soft_labels: str | None = None  # folder of the LLM's probabilities, for settings.distillation
     warm_start: str | None = None  # the artifact that trials continue from
     checkpoint_steps: int = CHECKPOINT_STEPS
@@ -72,8 +72,7 @@ def train_trials(
     *,
     knowledge: Mapping[str, Mapping[str, str]],
     fingerprint: str,
-    attributes: Sequence[str],
-    profile: Sequence[str],
+    features: FeatureSections | None = None,
     workers: WorkersConfig | None = None,
     soft_labels: str | None = None,
     warm_start: str | None = None,
@@ -90,7 +89,7 @@ def train_trials(
     knowledge: source ("knowledge", "collective", ...; see `arm_sources`) -> side ("user", "item") -> folder of
     its vectors (VectorShards). Unneeded ones are ignored.
     fingerprint: of everything that determines a result; its first 16 digits name the grid's folder under ctr/.
-    attributes, profile: columns of items and users (see `build_features`); profile only with config.use_profile.
+    features: of the recipe.
     workers: default: one, without a GPU.
     soft_labels: output of `ranker score-pairs`, if config.distillation is set.
     warm_start: the folder of an artifact whose weights all trials start from.
@@ -109,8 +108,7 @@ def train_trials(
             trials=pending,
             knowledge={source: dict(folders) for source, folders in knowledge.items() if source in needed},
             fingerprint=fingerprint,
-            attributes=tuple(attributes),
-            profile=tuple(profile) if config.use_profile else (),
+            features=features or {},
             soft_labels=soft_labels,
             warm_start=warm_start,
             max_failures=max_failures,
@@ -197,7 +195,7 @@ def _train_pending(loop_config: dict[str, Any]) -> None:
 
 def _train_all(workspace: Workspace, spec: GridSpec, worker: Worker) -> None:
     from owlrec.ctr.dataset import WarmStart
-    from owlrec.ctr.trainer import CheckpointFile, export_trial, keep_freed_memory, train_one
+    from owlrec.ctr.trainer import CheckpointFile, all_weights, export_trial, keep_freed_memory, train_one
 
     keep_freed_memory()
     # After a restart some trials are done. All ranks see the same ones: none is exported before every rank joins its
@@ -209,9 +207,10 @@ def _train_all(workspace: Workspace, spec: GridSpec, worker: Worker) -> None:
             path = f"{grid_folder(spec.fingerprint)}/{trial.path}/checkpoint.safetensors"
             checkpoint = CheckpointFile(workspace, path, spec.checkpoint_steps)
             trained = train_one(trial, data, spec.settings, worker, checkpoint, begin)
+            weights = all_weights(trained.model, worker)
             if worker.rank == 0:
-                export_trial(workspace, spec.fingerprint, trained)
-                checkpoint.delete()
+                export_trial(workspace, spec.fingerprint, trained, weights)
+                checkpoint.delete(worker.world_size)
 
 
 def encode_once(workspace: Workspace, spec: GridSpec, pool: Pool | None = None) -> None:
@@ -224,8 +223,8 @@ def encode_once(workspace: Workspace, spec: GridSpec, pool: Pool | None = None) 
     encode_tables(
         workspace,
         grid_folder(spec.fingerprint),
-        attributes=spec.attributes,
-        profile=spec.profile,
+        features=spec.features,
+        tasks=spec.settings.task_labels,
         min_item_count=spec.settings.min_item_count,
         soft_labels=SoftLabels(folder, distillation.alpha) if distillation and folder else None,
         before=read_vocabularies(workspace, spec.warm_start) if spec.warm_start else None,

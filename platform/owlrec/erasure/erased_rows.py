@@ -272,7 +272,7 @@ def _update(workspace: Workspace, root: str, path: str, files: dict[str, Rewritt
 
 
 _FILE = "vocabularies.parquet"
-_PREFIX = "profile/"
+_PREFIX = "values/"
 
 
 def hide_values(workspace: Workspace, users: Users) -> tuple[int, int]:
@@ -280,7 +280,7 @@ def hide_values(workspace: Workspace, users: Users) -> tuple[int, int]:
     values.
     """
     files = [f"{root}/{path}" for root in ("ctr", "models") for path in workspace.entries(root) if path.endswith(_FILE)]
-    fields = {field for path in files for field in _fields(workspace, path)}
+    fields = {column for path in files for column, _ in _user_fields(workspace, path)}
     if not fields:
         return 0, 0
     own = _own_values(workspace, users, fields)
@@ -288,22 +288,30 @@ def hide_values(workspace: Workspace, users: Users) -> tuple[int, int]:
         table = _table(workspace, number, fields)
         others = table.filter(pa.array(~users.rows(table)))
         for field in [name for name, values in own.items() if values and name in others.column_names]:
-            own[field] -= set(pc.unique(others[field].cast(pa.string())).to_pylist())
+            own[field] -= _texts(others[field])
         if not any(own.values()):
             break
     changed = [n for path in files if any(own.values()) and (n := _rewrite(workspace, path, own))]
     return len(changed), sum(changed)
 
 
-def _fields(workspace: Workspace, path: str) -> Iterable[str]:
-    names = pc.unique(workspace.read_parquet(path, ["field"])["field"]).to_pylist()
-    return [name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX)]
+def _user_fields(workspace: Workspace, path: str) -> list[tuple[str, str]]:
+    """Columns of users that a model reads by a vocabulary, and the names of these."""
+    table = workspace.read_parquet(path)
+    (schema,) = table.filter(pc.equal(table["field"], "fields"))["value"].drop_null().to_pylist()
+    fields = [field for field in json.loads(schema)["users"] if field["type"] == "categorical" and not field["hash"]]
+    return [(field["column"], field["table"]) for field in fields]
 
 
 def _table(workspace: Workspace, number: int, fields: set[str]) -> pa.Table:
     path = table_file("users", number)
     names = workspace.parquet_file(path).schema_arrow.names
-    return workspace.read_parquet(path, ["user_id", *(name for name in names if name in fields)])
+    return workspace.read_parquet(path, ["user_id", *(name for name in names if name in fields - {"user_id"})])
+
+
+def _texts(column: pa.ChunkedArray) -> set[str]:
+    flat = pc.list_flatten(column) if pa.types.is_nested(column.type) else column
+    return set(pc.unique(flat.cast(pa.string()).drop_null()).to_pylist())
 
 
 def _own_values(workspace: Workspace, users: Users, fields: set[str]) -> dict[str, set[str]]:
@@ -313,18 +321,17 @@ def _own_values(workspace: Workspace, users: Users, fields: set[str]) -> dict[st
         table = _table(workspace, number, fields)
         mine = table.filter(pa.array(users.rows(table)))
         for field in fields & set(mine.column_names):
-            values[field] |= set(mine[field].cast(pa.string()).drop_null().to_pylist())
+            values[field] |= _texts(mine[field])
     return values
 
 
 def _rewrite(workspace: Workspace, path: str, hidden: dict[str, set[str]]) -> int:
     table = workspace.read_parquet(path)
     fields, values = table["field"].to_pylist(), table["value"].to_pylist()
-    rows = [
-        row
-        for row, (field, value) in enumerate(zip(fields, values, strict=True))
-        if field.startswith(_PREFIX) and value in hidden.get(field.removeprefix(_PREFIX), ())
-    ]
+    gone: dict[str, set[str]] = {}
+    for column, name in _user_fields(workspace, path):
+        gone.setdefault(_PREFIX + name, set()).update(hidden.get(column, ()))
+    rows = [n for n, (field, value) in enumerate(zip(fields, values, strict=True)) if value in gone.get(field, ())]
     if rows:
         new = np.array(values, dtype=object)
         new[rows] = [f"forgotten-{secrets.token_hex(8)}" for _ in rows]

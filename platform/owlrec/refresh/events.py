@@ -24,11 +24,11 @@ from pydantic import BaseModel, Field
 
 from owlrec.config import Config
 from owlrec.errors import SourceError
+from owlrec.ids import EVENTS as EVENT_NAMES
 from owlrec.ids import rows_of, run_starts, shard_of
 from owlrec.runner import Result, Stage, Work
 from owlrec.schema import DEAD_LETTERS, INTERACTIONS, MILLISECONDS, conform
 from owlrec.shards import Card, Shard, in_threads
-from owlrec.sources.outcomes import EVENTS as EVENT_NAMES
 from owlrec.sources.outcomes import PASSED_OVER, Labels, taken
 from owlrec.sources.preparation import MAX_BUCKETS, Grouping, bucket_file, grouped, read_batches, write_buckets
 from owlrec.sources.raw import Fragment, TableName

@@ -25,7 +25,7 @@ from owlrec.workspace import Tombstones, Workspace
 # so nothing has to read rows for them.
 
 
-FORMAT = 5
+FORMAT = 6
 MANIFEST = "release.json"
 WAY_BACK = "Roll back to the previous release (`owlrec release rollback`), or publish again."
 
@@ -151,7 +151,7 @@ def _full_release(workspace: Workspace) -> str:
 # older interest partitions follow their id's newest one, under its key plus one byte. Five databases hold values:
 # `knowledge` (as_of, framework, quality, text), `vectors` (raw float16), `memberships` (cohort ids, each as eight
 # big-endian bytes), `codes` (semantic ids in the format of owlrec.encoding.compression; empty: none) and, for users,
-# `behaviors` (24 bytes each, ids.BEHAVIOR). Whole columns are encoded at once: a loop over 10^8 rows in Python
+# `behaviors` (25 bytes each, ids.BEHAVIOR). Whole columns are encoded at once: a loop over 10^8 rows in Python
 # would take hours.
 
 

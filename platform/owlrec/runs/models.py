@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import pydantic_core
+
 from owlrec.ctr import artifact as artifacts
 from owlrec.ctr.artifact import (
     PROGRAM,
@@ -36,7 +38,7 @@ from owlrec.ctr.experiment import (
     summarize,
     trials,
 )
-from owlrec.ctr.features import encode_items
+from owlrec.ctr.features import FeatureSections, encode_items
 from owlrec.ctr.knowledge_tables import arm_parts, arm_sources, stored_sources
 from owlrec.ctr.trainer import read_vocabularies, tables_of
 from owlrec.ctr.training import (
@@ -100,6 +102,7 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
         raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
     tables = {"sparse": SPARSE_ABOVE_ROWS, "table_learning_rate": TABLE_LEARNING_RATE}
     settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT) | tables
+    settings["features"] = _plain(recipe.features)
     soft = soft_labels(recipe, workspace, prepared)
     made_from = [prepared.fingerprint, encoded and encoded.fingerprint, settings, soft and soft.fingerprint]
     made_from += partitions_read(recipe, workspace)
@@ -125,8 +128,7 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
                 grid,
                 knowledge=reduce_once(workspace, written, recipe.ctr.knowledge_dim, grid_key, pool, projection),
                 fingerprint=grid_key,
-                attributes=recipe.domain.text_fields,
-                profile=recipe.domain.profile_fields,
+                features=recipe.features,
                 workers=recipe.training,
                 soft_labels=soft.outputs["soft_labels"] if soft else None,
                 warm_start=warm_start,
@@ -148,6 +150,10 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
     return execute(
         workspace, "train_ctr", named, f"{', '.join(recipe.ctr.backbones)} with {len(recipe.ctr.arms)} arms", body
     )
+
+
+def _plain(features: FeatureSections) -> Any:
+    return pydantic_core.to_jsonable_python(features)
 
 
 def soft_labels(recipe: Recipe, workspace: Workspace, prepared: Card) -> Card | None:
@@ -370,7 +376,7 @@ def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = 
     soft = soft_labels(recipe, workspace, prepared)
     made_from = (prepared.fingerprint, encoded and encoded.fingerprint, soft and soft.fingerprint)
     candidates = (grid or SweepGrid()).candidates(adaptor=arm != "none" and arm_parts(arm)[1] != "codes")
-    settings = (config, SPARSE_ABOVE_ROWS, TABLE_LEARNING_RATE, candidates)
+    settings = (config, SPARSE_ABOVE_ROWS, TABLE_LEARNING_RATE, candidates, _plain(recipe.features))
     named = fingerprint(*made_from, *settings, arm, *partitions_read(recipe, workspace), "sweep")
     folders = written_vectors(recipe, workspace, encoded)
     sources = arm_sources(arm, folders)
@@ -387,8 +393,7 @@ def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = 
                 trials=tuple(trials),
                 knowledge={source: dict(read[source]) for source in stored_sources(sources)},
                 fingerprint=named,
-                attributes=recipe.domain.text_fields,
-                profile=recipe.domain.profile_fields if config.use_profile else (),
+                features=recipe.features,
                 soft_labels=soft.outputs["soft_labels"] if soft else None,
             )
             encode_once(workspace, spec, pool)

@@ -15,6 +15,7 @@ import owlrec
 from owlrec.cohorts.building import build_cohorts
 from owlrec.cohorts.clustering import ITERATIONS
 from owlrec.cohorts.cohort_model import POINTER, CohortSettings, previous_folder
+from owlrec.ctr.features import carried_columns
 from owlrec.ctr.knowledge_tables import DISLIKED, arm_parts
 from owlrec.encoding.compression import CODING
 from owlrec.encoding.inputs import (
@@ -232,7 +233,10 @@ def prepare(recipe: Recipe, workspace: Workspace) -> Card:
     """
     stage_header("prepare", f"{recipe.source.type} to tables")
     source = recipe.source.open()
+    tasks = recipe.ctr.task_labels
+    source.carry(tuple(dict.fromkeys([*carried_columns(recipe.features), *tasks])))
     labels = Labels.of(recipe.labels, source.outcomes, recipe.scenario.positive_above)
+    labels = labels.model_copy(update={"tasks": tasks})
     preparation = Preparation(workspace, source, recipe.split, labels, recipe.shard_rows)
     made_of = preparation.made_of
     done = finished_stage(workspace, "prepare")

@@ -109,8 +109,11 @@ def recent_of(served: ServedReleases) -> Recent:
     def recent(user: int) -> list[tuple[int, float | None]]:
         with served.lease() as release:
             (recorded,) = release.store.behaviors([user])
-        rows = [] if recorded is None else recorded[taken(recorded["rating"], recorded["label"])].tolist()
-        return [(item, None if math.isnan(rating) else rating) for _, item, rating, _ in rows]
+        if recorded is None:
+            return []
+        rows = recorded[taken(recorded["rating"], recorded["label"])]
+        pairs = zip(rows["item"].tolist(), rows["rating"].tolist(), strict=True)
+        return [(item, None if math.isnan(rating) else rating) for item, rating in pairs]
 
     return recent
 
@@ -162,4 +165,5 @@ class QuestionWriter:
     def _profile(self, asked: Rank) -> dict[str, str]:
         row = self._tables.row("user", asked.user_id) if asked.user_id is not None else None
         known = {f: str(row[f]) for f in self._scenario.profile_fields if row and row.get(f) is not None}
-        return known | {f: v for f, v in asked.profile.items() if f in self._scenario.profile_fields}
+        given = {f: v for f, v in asked.profile.items() if f in self._scenario.profile_fields}
+        return known | {f: ", ".join(v) if isinstance(v, list) else str(v) for f, v in given.items()}

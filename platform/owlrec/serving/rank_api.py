@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from fastapi import FastAPI
@@ -119,15 +119,19 @@ class LiveScorer:
         self._scorer = artifact.scorer
 
     def score(self, user: int | User, candidates: Sequence[int]) -> np.ndarray:
-        """See Scorer.score. The whole call uses one release, and a forgotten user scores like an unknown one. Raises
-        Problem (503) if there is no release.
+        """`score_labels` of the primary label."""
+        return next(iter(self.score_labels(user, candidates).values()))
+
+    def score_labels(self, user: int | User, candidates: Sequence[int]) -> dict[str, np.ndarray]:
+        """See CtrScorer.score_labels. The whole call uses one release, and a forgotten user scores like an unknown one.
+        Raises Problem (503) if there is no release.
         """
         asking = user if isinstance(user, User) else User(user)
         with self.served.lease() as release:
             assert isinstance(release, ScoredRelease)
             if asking.user_id is not None and asking.user_id in release.tombstones:
                 asking = replace(asking, user_id=None)
-            return self._scorer.score(asking, candidates, release.live)
+            return self._scorer.score_labels(asking, candidates, release.live)
 
     def problem(self) -> str | None:
         """The problem that prevents scoring; None if there is none."""
@@ -147,6 +151,7 @@ class LiveScorer:
 
 
 _log = logging.getLogger("owlrec.serving")
+T = TypeVar("T")
 
 
 class RankerChoice(Config):
@@ -210,10 +215,17 @@ class Backend(Protocol):
         """A probability for each candidate, in order; nan if one could not be scored."""
 
 
+class LabelBackend(Backend, Protocol):
+    """The CTR model, which may have several labels."""
+
+    async def score_labels(self, asked: Rank, candidates: Sequence[int]) -> Mapping[str, Sequence[float]]:
+        """Label -> a probability for each candidate, in order; the primary label first."""
+
+
 class Cascade:
     """Ranks with a CTR model and, if there is one, an LLM."""
 
-    def __init__(self, ctr: Backend, llm: Backend | None, telemetry: Telemetry | None = None) -> None:
+    def __init__(self, ctr: LabelBackend, llm: Backend | None, telemetry: Telemetry | None = None) -> None:
         self._ctr = ctr
         self._llm = llm
         self._telemetry = telemetry or NoTelemetry()
@@ -225,7 +237,7 @@ class Cascade:
         """
         whole_s = asked.deadline_ms / 1000
         due = time.monotonic() + whole_s - min(_MARGIN_S, whole_s / 10)
-        ctr = await self._ctr_scores(asked, due)
+        ctr, labels = await self._ctr_scores(asked, due)
         # Ties and NaN keep the input order.
         order = sorted(range(len(ctr)), key=lambda row: -ctr[row] if not math.isnan(ctr[row]) else math.inf)
         head = order if asked.mode == "llm" else order[: asked.rerank] if asked.mode == "cascade" else []
@@ -251,14 +263,19 @@ class Cascade:
                 explanation=Explanation(ctr_score=_number(ctr[row]), ctr_place=places[row], llm_score=llm.get(row))
                 if asked.explain
                 else None,
+                labels={name: scores[row] for name, scores in labels.items()} if labels else None,
             )
             for row in final
         ]
         return RankAnswer(mode=asked.mode, degraded=reason is not None, reason=reason, results=results)
 
-    async def _ctr_scores(self, asked: Rank, due: float) -> Sequence[float]:
+    async def _ctr_scores(self, asked: Rank, due: float) -> tuple[Sequence[float], Mapping[str, Sequence[float]]]:
+        """Of the primary label; and of each, if the request wants them."""
         try:
-            return await self._timed("ctr", self._ctr, asked, asked.candidates, due)
+            if not asked.labels:
+                return await self._timed("ctr", self._ctr.score, asked, asked.candidates, due), {}
+            labels = await self._timed("ctr", self._ctr.score_labels, asked, asked.candidates, due)
+            return next(iter(labels.values())), labels
         except TimeoutError:
             detail = "the CTR model did not answer within the deadline"
         except Problem:
@@ -277,7 +294,7 @@ class Cascade:
         if self._llm is None:
             return (), "no LLM is deployed"
         try:
-            return await self._timed("llm", self._llm, asked, candidates, due), None
+            return await self._timed("llm", self._llm.score, asked, candidates, due), None
         except TimeoutError:
             return (), "the LLM did not answer within the deadline"
         except Exception as error:
@@ -285,12 +302,17 @@ class Cascade:
             return (), "the LLM is not available"
 
     async def _timed(
-        self, stage: str, backend: Backend, asked: Rank, candidates: Sequence[int], due: float
-    ) -> Sequence[float]:
+        self,
+        stage: str,
+        score: Callable[[Rank, Sequence[int]], Awaitable[T]],
+        asked: Rank,
+        candidates: Sequence[int],
+        due: float,
+    ) -> T:
         start = time.monotonic()
         try:
             async with asyncio.timeout(max(0.0, due - start)):
-                return await backend.score(asked, candidates)
+                return await score(asked, candidates)
         finally:
             self._telemetry.time(stage, time.monotonic() - start)
 

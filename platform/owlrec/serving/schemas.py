@@ -3,9 +3,20 @@
 Strict throughout: an id is a JSON integer, never a string, a float or a boolean, and an unknown key is an error.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StrictInt,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from owlrec.ids import EventName
 
 BYTES_TYPE = "application/octet-stream"  # raw vectors instead of JSON
 RELEASE_HEADER = "x-owlrec-release"
@@ -168,6 +179,32 @@ class HistoryEntry(Request):
     item_id: Id
     rating: Score | None = None
     taken: bool = True  # false for an item that was shown and passed over
+    event: EventName | None = None  # for models that read events
+
+
+FeatureName = Annotated[str, Field(max_length=64)]
+_LONGEST_WORD, _MOST_WORDS = 200, 64
+_WORD = {"type": "string", "maxLength": _LONGEST_WORD}
+
+
+def _feature_value(value: Any) -> Any:
+    """One validator, so that an error names the field and not each form that it might have had."""
+    words = value if isinstance(value, list) else [value] if isinstance(value, str) else []
+    if not all(isinstance(word, str) and len(word) <= _LONGEST_WORD for word in words) or len(words) > _MOST_WORDS:
+        raise ValueError(f"must be at most {_MOST_WORDS} texts of at most {_LONGEST_WORD} characters")
+    if not isinstance(value, list | str | bool | int | float) or value != value:
+        raise ValueError("must be a text, a list of texts, a number or a boolean")
+    return value
+
+
+FeatureValue = Annotated[
+    str | int | float | bool | list[str],
+    PlainValidator(_feature_value),
+    WithJsonSchema(
+        {"anyOf": [_WORD, {"type": "number"}, {"type": "boolean"},
+                   {"type": "array", "items": _WORD, "maxItems": _MOST_WORDS}]}
+    ),
+]  # fmt: skip
 
 
 class Rank(Request):
@@ -175,9 +212,10 @@ class Rank(Request):
 
     user_id: Id | None = None
     history: list[HistoryEntry] | None = Field(None, max_length=500)  # latest last; replaces the stored history
-    profile: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=200)]] = Field(
-        default_factory=dict, max_length=32
-    )
+    # Features of the user that override stored ones, and features of the interaction, such as device or position.
+    profile: dict[FeatureName, FeatureValue] = Field(default_factory=dict, max_length=32)
+    context: dict[FeatureName, FeatureValue] = Field(default_factory=dict, max_length=32)
+    time: Annotated[StrictInt, Field(ge=0, le=LARGEST_ID)] | None = None  # ms since 1970, UTC, of hour and weekday; now
     candidates: list[Id] = Field(min_length=1, max_length=MAX_IDS)
     mode: Mode = "ctr"
     top_k: StrictInt = Field(10, ge=1, le=MAX_IDS)
@@ -185,6 +223,7 @@ class Rank(Request):
     llm_weight: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)  # share in a re-ranked score
     deadline_ms: StrictInt = Field(1000, ge=10, le=30_000)
     explain: bool = False
+    labels: bool = False  # whether results have the CTR model's probability of each of its labels
 
     @field_validator("candidates")
     @classmethod
@@ -219,6 +258,7 @@ class Ranked(BaseModel):
     score: float | None = None
     by: Literal["ctr", "llm"]
     explanation: Explanation | None = None  # if `explain` was set
+    labels: dict[str, float] | None = None  # if `labels` was set: `label` is the primary one
 
 
 class RankAnswer(BaseModel):

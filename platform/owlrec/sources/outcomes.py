@@ -22,7 +22,7 @@ from pydantic import BaseModel, PositiveInt, field_validator
 
 from owlrec.config import Config
 from owlrec.errors import SchemaError, did_you_mean
-from owlrec.ids import hash_of, rows_of
+from owlrec.ids import EVENTS, hash_of, rows_of
 from owlrec.shards import Card
 
 OUTCOME_COLUMNS = ("rating", "label", "event")  # in a source's interactions; all optional
@@ -31,7 +31,8 @@ WEIGHT = "weight"  # optional column: weight of its samples in training
 SPLITS = ("train", "valid", "test")
 POSITIVE = 0.5  # labels from here on mean taken, and the positive class
 PASSED_OVER = "impression"
-EVENTS = (PASSED_OVER, "click", "play", "install", "purchase")
+CARRIED = "carried/"  # prefix of interactions' columns that are features or labels, on their way through `prepare`
+EVENT_CODE = "event"  # column of prepared interactions: place among EVENTS, from 1; 0 if unknown
 Rule = Literal["rating_above", "column", "positives_only"]
 # An impression was not passed over if its user acts on it within this time.
 ANSWER_MS = 24 * 3_600_000
@@ -84,6 +85,7 @@ class Labels(BaseModel, frozen=True):
     negatives_by: Literal["uniform", "popularity"] = "uniform"
     seed: int = 0  # of the sampling; no recipe sets it
     events: bool = False  # whether labels come from events
+    tasks: tuple[str, ...] = ()  # further labels, columns of the interactions: in [0, 1], null if unknown
 
     @classmethod
     def of(cls, config: LabelConfig, columns: Collection[str], rating_above: float) -> "Labels":
@@ -131,11 +133,11 @@ class Labels(BaseModel, frozen=True):
 
 
 def with_outcomes(table: pa.Table, labels: Labels, name: str, first_row: int = 0) -> pa.Table:
-    """Interactions with `rating` (null: not graded), `label`, `split` (null: not predefined) and `weight`, replacing
-    the source's columns.
+    """Interactions with `rating` (null: not graded), `label`, `split` (null: not predefined), `weight` and, if the
+    source has it, `event` (its code), replacing the source's columns.
 
-    name, first_row: of the table, in errors. Raises SchemaError with the row for a label outside [0, 1], an unknown
-    event or split, a null rating that the rule needs, or a weight that is negative or null.
+    name, first_row: of the table, in errors. Raises SchemaError with the row for a label outside [0, 1] (also of a
+    task), an unknown event or split, a null rating that the rule needs, or a weight that is negative or null.
     """
     rating = _ratings(table, labels, name, first_row)
     if labels.rule == "rating_above":
@@ -143,7 +145,8 @@ def with_outcomes(table: pa.Table, labels: Labels, name: str, first_row: int = 0
     elif labels.rule == "positives_only":
         label = np.ones(len(rating), dtype=np.float32)
     elif labels.events:
-        label = _event_labels(table, name, first_row)
+        _event_codes(table, name, first_row)  # refuses unknown ones
+        label = _event_labels(table)
     else:
         label = _logged_labels(table, name, first_row)
     columns = {
@@ -152,7 +155,12 @@ def with_outcomes(table: pa.Table, labels: Labels, name: str, first_row: int = 0
         SPLIT: _splits(table, name, first_row),
         WEIGHT: pa.array(_weights(table, name, first_row)),
     }
-    table = table.drop_columns(outcome_columns(table.column_names))
+    if EVENT_CODE in table.column_names:
+        columns[EVENT_CODE] = _event_codes(table, name, first_row)
+    for task in labels.tasks:
+        columns[CARRIED + task] = _task_labels(table, task, name, first_row)
+    kept = [column for column in table.column_names if column not in columns]
+    table = table.select([column for column in kept if column not in outcome_columns(kept)])
     for column, values in columns.items():
         table = table.append_column(column, values)
     return table
@@ -245,17 +253,38 @@ def _logged_labels(table: pa.Table, name: str, first_row: int) -> np.ndarray:
     return _numbers(table, "label", name, first_row, 1.0, "lie in [0, 1]", advice)
 
 
-def _event_labels(table: pa.Table, name: str, first_row: int) -> np.ndarray:
+def _event_codes(table: pa.Table, name: str, first_row: int) -> pa.Array:
+    """Place of each event among EVENTS, from 1: uint8 [n]."""
     events = table["event"].cast(pa.string())
-    known = pc.is_in(events, value_set=pa.array(EVENTS)).to_numpy()
-    if not known.all():
-        row = int((~known).argmax())
+    place = pc.index_in(events, value_set=pa.array(EVENTS))
+    if place.null_count:
+        row = pc.index(pc.is_null(place), True).as_py()
         event = str(events[row].as_py())
         raise SchemaError(
             f"{name}, row {first_row + row}: the event is '{event}', but it must be one of {', '.join(EVENTS)}."
             f"{did_you_mean(event, EVENTS)} Rename it, or drop the row."
         )
-    return pc.not_equal(events, PASSED_OVER).to_numpy().astype(np.float32)
+    return pc.add(place, 1).cast(pa.uint8()).combine_chunks()
+
+
+def _event_labels(table: pa.Table) -> np.ndarray:
+    return pc.not_equal(table["event"].cast(pa.string()), PASSED_OVER).to_numpy().astype(np.float32)
+
+
+def _task_labels(table: pa.Table, task: str, name: str, first_row: int) -> pa.Array:
+    """A further label, float32 [n], null if unknown."""
+    texts = table[CARRIED + task].combine_chunks()
+    try:
+        values = pc.if_else(pc.equal(texts, ""), None, texts).cast(pa.float32())
+        wrong = pc.fill_null(pc.invert(pc.and_(pc.greater_equal(values, 0), pc.less_equal(values, 1))), False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        wrong = pc.invert(pc.match_substring_regex(texts, r"^([01](\.0*)?|0?\.\d+|)$"))
+    if (row := pc.index(wrong, True).as_py()) >= 0:
+        raise SchemaError(
+            f"{name}, row {first_row + row}: the label {task} is '{texts[row].as_py()}', but it must lie in [0, 1], or "
+            "be empty if it is unknown. Correct it, or remove it from ctr.tasks."
+        )
+    return values
 
 
 def _splits(table: pa.Table, name: str, first_row: int) -> pa.Array:

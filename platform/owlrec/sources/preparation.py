@@ -20,8 +20,9 @@ from owlrec.ids import Kind, rows_of, shard_of
 from owlrec.runner import Result, Stage, Work
 from owlrec.schema import INTERACTIONS
 from owlrec.shards import Artifact, Card, Shard, in_threads
-from owlrec.sources.outcomes import SPLIT, Labels, answered, with_outcomes
+from owlrec.sources.outcomes import EVENT_CODE, SPLIT, Labels, answered, with_outcomes
 from owlrec.sources.raw import (
+    CARRIED,
     ENTITIES,
     TABLE_NAMES,
     Fragment,
@@ -234,7 +235,14 @@ class Ingest(Stage):
 
     def _labeled(self, piece: Piece) -> pa.Table:
         table = with_outcomes(piece.data, self.labels, piece.name, piece.first_row)
-        return table.select(INTERACTIONS.names).cast(INTERACTIONS)
+        events = [pa.field(EVENT_CODE, pa.uint8())] if EVENT_CODE in table.column_names else []
+        schema = pa.schema([*INTERACTIONS, *events])
+        rows = table.select(schema.names).cast(schema)
+        for name in (name for name in table.column_names if name.startswith(CARRIED)):
+            column = name.removeprefix(CARRIED)
+            kind = "label" if column in self.labels.tasks else "interactions"
+            rows = rows.append_column(f"{kind}/{column}", table[name])
+        return rows
 
 
 def bucket_file(table: str, group: int) -> str:
@@ -524,9 +532,10 @@ class WriteTables(Stage):
     def _user_tables(self, catalog: np.ndarray, users: pa.Table, interactions: pa.Table) -> dict[str, pa.Table]:
         behaviors = Behaviors.of(interactions)
         samples = Samples.of(behaviors, self.split)
-        rows = sample_rows(behaviors, samples, self.split, np.array(self.thresholds), self.labels, catalog)
+        own = interactions.select([name for name in interactions.column_names if "/" in name])  # of samples alone
+        rows = sample_rows(behaviors, samples, self.split, np.array(self.thresholds), self.labels, catalog, own)
         read = histories(behaviors, Texts.of(behaviors, self.split))
-        interactions = for_histories(interactions, self.split)
+        interactions = for_histories(interactions.drop_columns(own.column_names), self.split)
         return {"users": users, "interactions": interactions, "histories": read, "samples": rows}
 
 

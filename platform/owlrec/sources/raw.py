@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from owlrec.config import Config
-from owlrec.errors import SchemaError, SourceError
+from owlrec.errors import SchemaError, SourceError, did_you_mean
 from owlrec.ids import rows_of, shard_of
 from owlrec.schema import INTERACTIONS, ITEMS, USERS, check_milliseconds, conform, missing_column, stable_ids
-from owlrec.sources.outcomes import outcome_columns
+from owlrec.sources.outcomes import CARRIED, outcome_columns
 from owlrec.storage import file_digest, fingerprint
 
 # --------------------------------------------------------------------------------------------------------------- titles
@@ -121,6 +121,24 @@ class Fragments:
     drop_orphans: bool = False
     names: Mapping[str, str]  # table -> name in errors
     outcomes: Sequence[str]  # OUTCOME_COLUMNS in the interactions
+    carried: Sequence[str] = ()  # further columns of the interactions that `read` keeps: features and labels
+
+    def carry(self, columns: Sequence[str]) -> None:
+        """Sets `carried`. Raises SchemaError for a column that the interactions do not have."""
+        has = self.interaction_columns
+        for column in columns:
+            if column not in has:
+                raise SchemaError(
+                    f"{self.names['interactions']}: the interactions have no column '{column}', which `features."
+                    f"interactions` or `ctr.tasks` of the recipe names; they have {', '.join(has)}."
+                    f"{did_you_mean(column, has)} Correct the name, or add the column."
+                )
+        self.carried = tuple(columns)
+
+    @property
+    @abstractmethod
+    def interaction_columns(self) -> Sequence[str]:
+        """Columns of the interactions, with our names."""
 
     @abstractmethod
     def read(self, fragment: Fragment) -> Iterator[Piece]:
@@ -142,6 +160,12 @@ class LoadedTables(Fragments):
         self.fragments = [Fragment("", name, raw.digest, raw.interactions.num_rows)]
         self.meaning, self.names = "", dict.fromkeys(TABLE_NAMES, name)
         self.outcomes = outcome_columns(raw.interactions.column_names)
+
+    @property
+    def interaction_columns(self) -> Sequence[str]:
+        """See Fragments."""
+        names: list[str] = self._raw.interactions.column_names
+        return names
 
     def read(self, fragment: Fragment) -> Iterator[Piece]:
         """See Fragments."""
@@ -294,11 +318,12 @@ def entities_piece(table: TableName, data: pa.Table, name: str, first_row: int =
     return Piece(table, conform(pa.table(columns), schema, name=name), name, first_row)
 
 
-def interactions_piece(data: pa.Table, name: str, first_row: int = 0) -> pa.Table:
+def interactions_piece(data: pa.Table, name: str, first_row: int = 0, carried: Sequence[str] = ()) -> pa.Table:
     """Interactions with int64 ids, before a label rule, without checking that their users and items exist.
 
     data: user_id, item_id (raw), timestamp (ms) and any of OUTCOME_COLUMNS, which are kept
-    unchanged. Raises SchemaError with file and row for a null or empty id, a null or implausible timestamp, or a value
+    unchanged. carried: further columns, as text or lists of text.
+    Raises SchemaError with file and row for a null or empty id, a null or implausible timestamp, or a value
     of another type.
     """
     ids = {key: id_array(_raw_ids(data, key, name, first_row)) for key in ("user_id", "item_id")}
@@ -308,6 +333,8 @@ def interactions_piece(data: pa.Table, name: str, first_row: int = 0) -> pa.Tabl
     schema = pa.schema([_INTERACTION[column] for column in table.column_names])
     table = conform(table, schema, name=name, first_row=first_row)
     check_milliseconds(table["timestamp"], name=name, first_row=first_row)
+    for column in carried:
+        table = table.append_column(CARRIED + column, _as_text(data[column], column, name))
     return table
 
 

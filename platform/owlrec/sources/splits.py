@@ -17,7 +17,7 @@ from owlrec.config import Config
 from owlrec.errors import SchemaError
 from owlrec.ids import hash_of, last_rows, rows_of, run_starts
 from owlrec.schema import BEHAVIORS, HISTORIES, INTERACTIONS, SAMPLE_ROWS, SAMPLES, conform
-from owlrec.sources.outcomes import POSITIVE, SPLITS, Labels, drawn_negatives, taken, with_outcomes
+from owlrec.sources.outcomes import EVENT_CODE, POSITIVE, SPLITS, Labels, drawn_negatives, taken, with_outcomes
 from owlrec.workspace import Workspace, read_tombstones
 
 # -------------------------------------------------------------------------------------------------------------- catalog
@@ -102,7 +102,12 @@ _LISTS_PER_CHUNK = 1 << 20
 SPLIT_SEED = 0  # of methods user and item. What varies between trials is ctr.seeds: compared runs share their splits
 PASSED_QUOTED = 10  # maximum passed-over items that an LLM reads
 _TAKEN_ALONE = {b"histories_of": b"taken"}  # metadata in the schema of stored interactions
-_HISTORY_COLUMNS = {"history": "item_id", "history_ratings": "rating", "history_labels": "label"}
+_HISTORY_COLUMNS = {
+    "history": "item_id",
+    "history_ratings": "rating",
+    "history_labels": "label",
+    "history_events": EVENT_CODE,
+}
 _EDGES = 4096  # edges per round of the threshold search
 _HOURS = {"h": 1, "d": 24, "w": 168}
 
@@ -408,12 +413,15 @@ def sample_rows(
     thresholds: np.ndarray,
     labels: Labels,
     catalog: np.ndarray,
+    own: pa.Table | None = None,
 ) -> pa.Table:
     """The samples table (schema.SAMPLE_ROWS) by user, timestamp and item; history_* are rows of `behaviors`, or of
     the taken ones if the split leaves out passed-over items.
 
-    catalog: all item ids, ascending, from which negatives are sampled if the label rule needs them.
+    catalog: all item ids, ascending, from which negatives are sampled if the label rule needs them. own: further
+    columns of the behaviors, which their samples get; a sampled negative has those of its positive, but label/<name> 0.
     """
+    drawn_rows = np.zeros(0, dtype=bool)
     user, time, row = behaviors.user, behaviors.time, samples.row
     item, label = behaviors.item[row], samples.label
     if labels.negatives:
@@ -424,8 +432,9 @@ def sample_rows(
         at, column = np.nonzero(drawn >= 0)
         row, item = np.concatenate([row, row[at]]), np.concatenate([item, drawn[at, column]])
         label = np.concatenate([label, np.zeros(len(at), dtype=np.float32)])
+        drawn_rows = np.arange(len(row)) >= len(row) - len(at)
         order = np.lexsort((item, time[row], user[row]))
-        row, item, label = row[order], item[order], label[order]
+        row, item, label, drawn_rows = row[order], item[order], label[order], drawn_rows[order]
     end = run_starts(user, time)[row]  # behaviors of the sample's moment are not its past
     first = run_starts(user)[row]
     if not config.passed_over:
@@ -443,7 +452,13 @@ def sample_rows(
         "history_end": end.astype(np.int32),
         "weight": behaviors.weight[row],  # a sampled negative has its positive's weight
     }
-    return pa.table(columns, schema=SAMPLE_ROWS)
+    table = pa.table(columns, schema=SAMPLE_ROWS)
+    for name in own.column_names if own is not None else ():
+        values = own[name].take(pa.array(row))  # type: ignore[index]
+        if name.startswith("label/") and drawn_rows.any():
+            values = pc.if_else(pa.array(drawn_rows), pa.scalar(0, values.type), values)
+        table = table.append_column(name, values)
+    return table
 
 
 def histories(behaviors: Behaviors, texts: Texts) -> pa.Table:
@@ -495,10 +510,11 @@ def _passed_over(behaviors: Behaviors, texts: Texts) -> tuple[np.ndarray, np.nda
 def read_samples(workspace: Workspace, number: int, columns: Sequence[str] | None = None) -> pa.Table:
     """One shard's samples as schema.SAMPLES, or only some of its columns: histories are gathered on request.
 
-    Raises WorkspaceError if `prepare` has not run.
+    columns: may name history_events and the samples' further columns (see sample_rows), if there are any. Raises
+    WorkspaceError if `prepare` has not run.
     """
     wanted = list(SAMPLES.names if columns is None else columns)
-    stored = [name for name in wanted if name in SAMPLE_ROWS.names]
+    stored = [name for name in wanted if name not in _HISTORY_COLUMNS]
     lists = _HISTORY_COLUMNS
     if not lists.keys() & set(wanted):
         return sample_places(workspace, number, stored).select(wanted)
@@ -602,7 +618,10 @@ def last_behaviors(interactions: pa.Table, history_length: int) -> pa.Table:
     """
     if _holds_taken_alone(interactions):
         interactions = interactions.filter(_taken(interactions))
+    interactions = interactions.sort_by([(name, "ascending") for name in ("user_id", "timestamp", "item_id")])
     behaviors = Behaviors.ordered(interactions)
+    has_events = EVENT_CODE in interactions.column_names
+    events = interactions[EVENT_CODE].to_numpy() if has_events else np.zeros(len(interactions), dtype=np.uint8)
     ids, start = np.unique(behaviors.user, return_index=True)
     end = np.r_[start[1:], len(behaviors.user)]
     start = np.maximum(start, end - history_length)
@@ -612,6 +631,7 @@ def last_behaviors(interactions: pa.Table, history_length: int) -> pa.Table:
         "items": _lists(behaviors.item, start, end),
         "ratings": _lists(behaviors.rating, start, end, nulls=True),
         "labels": _lists(behaviors.label, start, end),
+        "events": _lists(events, start, end),
     }
     return pa.table(columns, schema=BEHAVIORS)
 

@@ -384,7 +384,17 @@ class FileFragments(Fragments):
                 self._list(table, self.names[table])
         columns = {table: sorted(columns.items()) for table, columns in source.columns.items()}
         attributes = {table: [str(field) for field in schema] for table, schema in self._attributes.items()}
-        self.meaning = fingerprint(columns, source.timestamp_unit, self.has_users, attributes)
+        self._meaning = fingerprint(columns, source.timestamp_unit, self.has_users, attributes)
+
+    @property
+    def meaning(self) -> str:  # type: ignore[override]
+        """See Fragments."""
+        return fingerprint(self._meaning, list(self.carried)) if self.carried else self._meaning
+
+    @property
+    def interaction_columns(self) -> Sequence[str]:
+        """See Fragments."""
+        return self._interaction_columns
 
     def _list(self, table: TableName, pattern: str) -> None:
         files, snapshot = lake_files(pattern) if is_lake_table(pattern) else (input_files(pattern), "")
@@ -398,7 +408,7 @@ class FileFragments(Fragments):
         if table in ENTITIES:
             self._attributes[table] = common_schema(schemas, table)
         else:
-            common_schema(schemas, table)
+            self._interaction_columns = common_schema(schemas, table).names
             self.outcomes = self._common_outcomes(files, schemas)
 
     def _common_outcomes(self, files: Sequence[SourceFile], schemas: Sequence[pa.Schema]) -> list[str]:
@@ -434,8 +444,12 @@ class FileFragments(Fragments):
         data = self._raw(fragment)
         if table == "interactions":
             time = to_milliseconds(data["timestamp"], self._source.timestamp_unit, name=name)
-            data = data.select(["user_id", "item_id", *self.outcomes]).append_column("timestamp", time)
-            rows = interactions_piece(data, name, first_row)
+            for column in self.carried:  # a column of other files
+                if column not in data.column_names:
+                    data = data.append_column(column, pa.nulls(data.num_rows, pa.string()))
+            data = data.select(["user_id", "item_id", *dict.fromkeys([*self.outcomes, *self.carried])])
+            data = data.append_column("timestamp", time)
+            rows = interactions_piece(data, name, first_row, self.carried)
             yield Piece("interactions", rows, name, first_row)
             if not self.has_users:
                 yield Piece("users", hashed_users(data, rows), name, first_row)

@@ -23,15 +23,16 @@ from torch.nn import functional as F
 class InputShape:
     """Sizes that a backbone needs to build its layers."""
 
-    item_fields: int  # item id and attributes
-    profile_fields: int
+    item_fields: int  # item id and features
+    profile_fields: int  # features of users and of the interaction, and further sequences
     knowledge_fields: int  # 2 per form of knowledge (vectors, semantic ids), or 0 without knowledge
     embed_dim: int
+    side_fields: int = 1  # of a behavior: its outcome and, if recorded, its event
 
     @property
     def behavior_fields(self) -> int:
-        """Fields of one behavior: those of its item, plus its rating."""
-        return self.item_fields + 1
+        """Fields of one behavior: those of its item, then its own."""
+        return self.item_fields + self.side_fields
 
     @property
     def n_fields(self) -> int:
@@ -77,7 +78,7 @@ class BackboneInputs:
     """
 
     target: Tensor  # float32 [b, item_fields, e]
-    # float32 [b or 1, L, behavior_fields, e], the rating last; L is 0 if the backbone reads only sums of it
+    # float32 [b or 1, L, behavior_fields, e], the side fields last; L is 0 if the backbone reads only sums of it
     history: Tensor
     mask: Tensor  # bool [b or 1, L], False for padding
     profile: Tensor  # float32 [b or 1, profile_fields, e]
