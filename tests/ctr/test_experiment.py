@@ -17,7 +17,17 @@ from owlrec.ctr.experiment import (
     summarize,
     trials,
 )
-from owlrec.ctr.knowledge_tables import Arm, ArmSources, arm_parts, arm_sources, bases, stored_sources
+from owlrec.ctr.knowledge_tables import (
+    OLDER_PARTITIONS,
+    Arm,
+    ArmSources,
+    OwnArm,
+    arm_parts,
+    arm_sources,
+    bases,
+    source_slots,
+    stored_sources,
+)
 from owlrec.errors import RecipeError
 from owlrec.evaluation import GridScores, auc
 
@@ -50,10 +60,16 @@ def test_grid_finishes_a_seed_before_it_starts_the_next() -> None:
     ("settings", "message"),
     [
         ({"backbones": ["dim"]}, "Did you mean 'din'"),
-        (
-            {"arms": ["none", "magic"]},
-            "'none', 'knowledge', 'knowledge-codes', 'knowledge.codes', 'collective', 'both', 'streaming', ",
-        ),
+        ({"arms": ["none", "magic"]}, "no arm 'magic'. Valid names: both, collective, knowledge, metadata, none, sh"),
+        ({"arms": ["none", "knowlege"]}, "no arm 'knowlege'. Did you mean 'knowledge'"),
+        ({"arms": ["shuffled-none"]}, "no arm 'shuffled-none'"),
+        ({"arms": ["shuffled-mine"]}, "no arm 'shuffled-mine'"),
+        ({"arms": [{"mine": {}}]}, "names no source"),
+        ({"arms": [{"mine": {"users": ["knowledge", "knowledge"]}}]}, "each source once"),
+        ({"arms": [{"mine": {"user": ["knowledge"]}}]}, "Extra inputs"),
+        ({"arms": [{"knowledge": {"users": ["knowledge"]}}]}, "'knowledge' is a short name"),
+        ({"arms": [{"a-codes": {"users": ["knowledge"]}}]}, "'a-codes' cannot name an own arm"),
+        ({"arms": ["none", {"mine": {"items": ["title"]}}, {"mine": {"items": ["tags"]}}]}, "mine is listed more"),
         ({"seeds": [1, 2, 1]}, "1 is listed more than once"),
         ({"seeds": []}, "at least 1"),
         ({"embed_size": 8}, "Extra inputs"),
@@ -84,19 +100,45 @@ def test_what_each_arm_reads(arm: Arm, user: tuple[str, ...], item: tuple[str, .
 
 
 @pytest.mark.parametrize(
-    ("arm", "reads", "form", "compared"),
+    ("arm", "parts", "compared"),
     [
-        ("none", "none", "vectors", ()),
-        ("knowledge", "knowledge", "vectors", ("none", "shuffled")),
-        ("shuffled", "shuffled", "vectors", ("none",)),
-        ("knowledge-codes", "knowledge", "codes", ("none", "shuffled-codes", "knowledge")),
-        ("metadata+codes", "metadata", "both", ("none", "shuffled+codes", "metadata")),
-        ("shuffled-codes", "shuffled", "codes", ("none", "shuffled")),
+        ("none", ("none", "vectors", False), ()),
+        ("knowledge", ("knowledge", "vectors", False), ("metadata", "shuffled", "none")),
+        ("mine", ("mine", "vectors", False), ("metadata", "shuffled-mine", "none")),
+        ("metadata", ("metadata", "vectors", False), ("shuffled-metadata", "none")),
+        ("shuffled", ("knowledge", "vectors", True), ("none",)),
+        ("shuffled-mine", ("mine", "vectors", True), ("none",)),
+        ("knowledge-codes", ("knowledge", "codes", False), ("metadata-codes", "shuffled-codes", "none", "knowledge")),
+        ("metadata+codes", ("metadata", "both", False), ("shuffled-metadata+codes", "none", "metadata")),
+        ("shuffled-codes", ("knowledge", "codes", True), ("none", "shuffled")),
     ],
 )
-def test_an_arm_is_compared_with_its_like(arm: Arm, reads: str, form: str, compared: tuple[str, ...]) -> None:
-    assert arm_parts(arm) == (reads, form)
+def test_an_arm_is_compared_with_its_like_and_with_metadata_first(
+    arm: Arm, parts: tuple[str, str, bool], compared: tuple[str, ...]
+) -> None:
+    assert arm_parts(arm) == parts
     assert bases(arm) == compared
+
+
+def test_own_arms_name_their_sources_and_their_controls_read_the_same() -> None:
+    items_only = {"images": {"items": ["images"]}}
+    config = CTRConfig.model_validate(
+        {"backbones": ["din"], "seeds": [0], "arms": ["none", items_only, "shuffled-images", "images-codes"]}
+    )
+    assert config.arm_names == ("none", "images", "shuffled-images", "images-codes")
+    grid = {trial.arm: trial for trial in trials(config)}
+    own = config.own_arms["images"]
+    assert grid["none"].own is None
+    for arm in ("images", "shuffled-images", "images-codes"):
+        assert grid[arm].own == own
+        assert arm_sources(arm, {"images": ("item",)}, own) == ArmSources((), ("images",))
+    assert CTRConfig.model_validate_json(config.model_dump_json()) == config
+    assert source_slots(("knowledge", *OLDER_PARTITIONS, "collective")) == (4, 1)
+    both = OwnArm(users=("streaming", "collective"), items=("metadata",))
+    given = {**ALL, "disliked": ("user",)}
+    assert arm_sources("mine", given, both).user == ("knowledge", *OLDER_PARTITIONS, "collective", "disliked")
+    with pytest.raises(RecipeError, match=r"arm 'mine' needs images vectors\. .* none of users"):
+        arm_sources("mine", {"images": ("item",)}, OwnArm(users=("images",)))
 
 
 def test_codes_are_weighed_against_vectors_of_the_same_seed() -> None:

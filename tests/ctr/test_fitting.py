@@ -208,7 +208,7 @@ def test_repeated_ids_and_items_score_as_they_do_alone(data: TrainingData, arm: 
     torch.manual_seed(0)
     tables = data.tables(trial(arm))
     assert tables is not None
-    spec = ModelSpec.of(data.features.spec, "din", 8, CONFIG, user_sources=len(tables.users))
+    spec = ModelSpec.of(data.features.spec, "din", 8, CONFIG, **tables.slots)
     model = CTRModel(spec, data.features.items).eval()
     split = SplitTensors(data.features.splits["test"].whole(), tables, "cpu")
     alone = torch.cat([model(split.batch(torch.tensor([row]))) for row in range(40)])

@@ -186,7 +186,7 @@ def test_an_id_without_knowledge_gets_the_learned_default(exported: Exported, to
     adaptor = exported.trained.model.adaptor
     assert adaptor is not None
     with torch.no_grad():
-        for kind, tower, known in (("user", adaptor.user, 20), ("item", adaptor.item, 4)):
+        for kind, tower, known in (("user", adaptor.user[0], 20), ("item", adaptor.item[0], 4)):
             index = ("user", "item").index(kind)
             vector = torch.from_numpy(toy_world.vectors[index].gather(np.array([known]))[0]).float()[:, None]
             known_fields = tower(vector, torch.ones(1, 1, dtype=torch.bool), adaptor.shared)
