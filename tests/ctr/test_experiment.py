@@ -14,6 +14,7 @@ from owlrec.ctr.experiment import (
     SliceMetrics,
     Trial,
     TrialResult,
+    headlines,
     summarize,
     trials,
 )
@@ -198,6 +199,39 @@ def test_summary_by_hand() -> None:
     assert (knowledge.seeds, knowledge.gauc) == (3, 0.6)
     assert knowledge.auc == pytest.approx(0.76)
     assert knowledge.differences["none"].auc == pytest.approx(0.02)  # of .01 and .03
+
+
+def test_the_first_line_is_knowledge_minus_metadata_in_words() -> None:
+    rng = np.random.default_rng(0)
+    labels, users = rng.integers(0, 2, 600).astype(float), np.arange(600) // 6
+    noise = {seed: rng.normal(size=600) for seed in (0, 1)}
+    shown = {"knowledge": 1.0, "metadata": 0.3, "shuffled": 0.0, "none": 0.0}
+
+    def lines(arms: tuple[str, ...], strength: dict[str, float]) -> list[str]:
+        scores = {
+            f"din/{a}/seed-{s}": strength[a] * labels + noise[s] + 0.05 * rng.normal(size=600)
+            for a in arms
+            for s in (0, 1)
+        }
+        results = [result(a, s, auc(labels, scores[f"din/{a}/seed-{s}"])) for a in arms for s in (0, 1)]
+        return list(map(str, headlines(results, GridScores(users, labels, scores))))
+
+    first, *others = lines(("none", "knowledge", "shuffled", "metadata"), shown)
+    assert first.startswith("knowledge - metadata: gain shown. Test AUC +0.1")
+    assert "(1 backbone, 2 seeds, 100 test users)" in first
+    assert [line.partition(":")[0] for line in others] == ["knowledge - shuffled", "knowledge - none"]
+    swapped = {**shown, "knowledge": 0.3, "metadata": 1.0}
+    assert lines(("none", "knowledge", "metadata"), swapped)[0].startswith(
+        "knowledge - metadata: loss shown. Test AUC -0"
+    )
+    same = {**shown, "metadata": 1.0}
+    [first, *_] = lines(("none", "knowledge", "metadata"), same)
+    assert first.startswith("knowledge - metadata: no gain shown.")
+    assert "smallest difference that this test would show is 0.0" in first
+    missing, to_none = lines(("none", "knowledge"), shown)
+    assert "unknown: add `metadata` to ctr.arms" in missing
+    assert to_none.startswith("knowledge - none: gain shown")
+    assert "Add `knowledge` to ctr.arms" in lines(("none", "metadata"), shown)[0]
 
 
 def test_one_seed_has_no_spread() -> None:

@@ -13,6 +13,7 @@ def test_cold_users_and_items_by_hand() -> None:
     slices = slices_of(np.array([3, 4, 5, 1, 30]), np.array([4, 5, 0, 12, 5]), COUNTS)
     assert slices["cold items"].tolist() == [False, False, True, True, True]
     assert slices["warm items"].tolist() == [True, True, False, False, False]
+    assert slices["popular items"].tolist() == [True, True, False, False, False]  # as often, and as often as any
     assert slices["cold users"].tolist() == [True, False, True, False, False]
     assert slices["warm users"].tolist() == [False, True, False, True, True]
 

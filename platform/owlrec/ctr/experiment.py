@@ -23,7 +23,15 @@ from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.features import RESERVED
 from owlrec.ctr.knowledge_tables import Arm, OwnArm, arm_parts, bases, check_arm
 from owlrec.errors import RecipeError, SchemaError, WorkspaceError
-from owlrec.evaluation import GridScores, Interval, auc, compare_arms, log_loss, relative_improvement
+from owlrec.evaluation import (
+    GridScores,
+    Interval,
+    auc,
+    compare_arms,
+    detectable_difference,
+    log_loss,
+    relative_improvement,
+)
 from owlrec.schema import SOFT_LABELS
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
@@ -145,6 +153,7 @@ def blended(samples: pa.Table, soft: pa.Table, alpha: float) -> pa.Table:
 # truncated to the longest one in training (`features.build_features`).
 
 
+POPULAR_SHARE = 0.2  # of the rows: those of the most popular items
 COLD_USER_BELOW = 5  # behaviors in the row's history
 COLD_ITEM_BELOW = 5  # occurrences in the training samples, as target or in a history
 _HISTORY_FROM = (0, 1, 3, 6, 11, 21, 51)  # minimum length per bucket; the last one is open
@@ -159,7 +168,7 @@ class SliceMetrics(BaseModel):
 
 
 def slices_of(items: np.ndarray, lengths: np.ndarray, item_counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Name -> bool [n]: rows with cold or warm users, cold or warm items, and by history
+    """Name -> bool [n]: rows with cold or warm users, cold or warm items, the warm ones by popularity, and by history
     length. Empty slices are left out.
 
     items: int [n], row numbers of ItemFeatures; lengths: int [n], history lengths as read by the model;
@@ -173,6 +182,10 @@ def slices_of(items: np.ndarray, lengths: np.ndarray, item_counts: np.ndarray) -
         "cold items": cold_item,
         "warm items": ~cold_item,
     }
+    warm = np.sort(item_counts[items][~cold_item])
+    if len(warm):
+        head = item_counts[items] >= max(COLD_ITEM_BELOW + 1, warm[int(len(warm) * (1 - POPULAR_SHARE))])
+        slices |= {"popular items": head & ~cold_item, "other warm items": ~head & ~cold_item}
     bucket = np.searchsorted(_HISTORY_FROM, lengths, side="right") - 1
     for number, start in enumerate(_HISTORY_FROM):
         slices[_history_name(number, start)] = bucket == number
@@ -402,7 +415,21 @@ class PairedDifference(BaseModel):
     rela_imp: (
         float | None
     )  # of the mean AUCs (evaluation.relative_improvement); None if the base is no better than chance
-    interval: Interval | None  # 95 %; None if test scores are missing or cover one user
+    interval: Interval | None  # 95 %, over users and seeds; None if test scores are missing or cover one user
+
+    @property
+    def detectable(self) -> float | None:
+        """Smallest difference that this comparison would probably have shown."""
+        return None if self.interval is None else detectable_difference(self.interval)
+
+    @property
+    def verdict(self) -> str:
+        """The difference in words."""
+        if self.interval is None:
+            return "not tested"
+        if self.interval.low > 0:
+            return "gain shown"
+        return "loss shown" if self.interval.high < 0 else "no gain shown"
 
 
 class ArmSummary(BaseModel):
@@ -449,6 +476,80 @@ def summarize(results: Sequence[TrialResult], scores: GridScores | None = None) 
             )
         )
     return rows
+
+
+class Headline(BaseModel):
+    """One arm against another over all backbones, as the first line of a report says it."""
+
+    arm: Arm
+    base: Arm
+    backbones: int
+    users: int  # of the test split; 0 if unknown
+    difference: PairedDifference
+
+    def __str__(self) -> str:
+        """In words, with interval and smallest detectable difference."""
+        paired = self.difference
+        text = f"{self.arm} - {self.base}: {paired.verdict}. Test AUC {paired.auc:+.4f}"
+        if paired.interval is not None and paired.detectable is not None:
+            text += (
+                f", 95 % interval [{paired.interval.low:+.4f}, {paired.interval.high:+.4f}]; the smallest "
+                f"difference that this test would show is {paired.detectable:.4f}"
+            )
+        users = f", {self.users:,} test users" if self.users else ""
+        return f"{text} ({_count(self.backbones, 'backbone')}, {_count(paired.seeds, 'seed')}{users})."
+
+
+DECISIVE = "metadata"  # the text that was there before the LLM, through the same encoder
+
+
+def headlines(results: Sequence[TrialResult], scores: GridScores | None = None) -> list[Headline | str]:
+    """What decides whether texts are worth their price, the decisive comparison first: knowledge, or the first own arm
+    without it, against metadata, shuffled and none. A line in words names an arm that is missing for it.
+    """
+    arms = list(dict.fromkeys(result.arm for result in results))
+    candidates = [a for a in arms if a not in ("none", DECISIVE) and not arm_parts(a).shuffled]
+    if not candidates:
+        return ["knowledge - metadata is unknown: no arm reads knowledge. Add `knowledge` to ctr.arms."]
+    arm = "knowledge" if "knowledge" in candidates else candidates[0]
+    lines: list[Headline | str] = []
+    for base in bases(arm):
+        if base in arms:
+            lines += filter(None, [compare_over_backbones(results, scores, arm, base)])
+        elif base.startswith(DECISIVE):
+            lines.append(f"{arm} - {base} is unknown: add `{base}` to ctr.arms. Only this difference is the LLM's.")
+    return lines
+
+
+def compare_over_backbones(
+    results: Sequence[TrialResult], scores: GridScores | None, arm: Arm, base: Arm
+) -> Headline | None:
+    """Mean difference over all backbones and seeds that trained both arms; None if none did."""
+    trained = {(r.backbone, r.arm, r.seed): r for r in results}
+    pairs = [(r, trained[b, base, s]) for (b, a, s), r in trained.items() if a == arm and (b, base, s) in trained]
+    if not pairs:
+        return None
+    paths = {arm: [(ours.trial.path, theirs.trial.path) for ours, theirs in pairs]}
+    seeds = {arm: [ours.seed for ours, _ in pairs]}
+    intervals = compare_arms(scores, paths, seeds=seeds) if scores else {}
+    arm_auc, base_auc = (float(np.mean([r.test.auc for r in half])) for half in zip(*pairs, strict=True))
+    relative = relative_improvement(arm_auc, base_auc)
+    return Headline(
+        arm=arm,
+        base=base,
+        backbones=len({ours.backbone for ours, _ in pairs}),
+        users=0 if scores is None else len(np.unique(scores.user_ids)),
+        difference=PairedDifference(
+            seeds=len({ours.seed for ours, _ in pairs}),
+            auc=arm_auc - base_auc,
+            rela_imp=None if math.isnan(relative) else relative,
+            interval=intervals.get(arm),
+        ),
+    )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _differences(

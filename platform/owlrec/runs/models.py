@@ -261,8 +261,16 @@ def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
                 protocol=_protocol(recipe, Labels.from_card(prepared).about),
                 facts={k: f"{prepared.counts[k]:,}" for k in ("users", "items", "samples")},
             )
+        encoders = [k for k in TABLES if imported_vectors(workspace, k)]
+        if encoders and "metadata" in recipe.ctr.arm_names:
+            data.notes.append(
+                f"Knowledge vectors of {' and '.join(f'{k}s' for k in encoders)} were imported: its difference to "
+                "`metadata` includes that between the two encoders."
+            )
         report = f"reports/{recipe.name}.html"
         workspace.write_bytes(report, render_report(data).encode())
+        for line in data.headlines:
+            note(line)
         for kind in ("user", "item"):
             for sample in [s for s in data.samples if s.kind == kind][:1]:
                 table(
@@ -281,9 +289,21 @@ def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
         )
         if compared := comparison_rows(data.arms):
             table(
-                "difference in AUC, paired by seed and row; bootstrap intervals over users",
-                ["backbone", "arm", "compared with", "difference", "95 % interval", "RelaImp"],
-                [(r.backbone, r.arm, r.base, r.difference, r.interval, r.rela_imp) for r in compared],
+                "difference in AUC, paired by seed and row; bootstrap intervals over users and seeds",
+                [
+                    "backbone",
+                    "arm",
+                    "compared with",
+                    "difference",
+                    "95 % interval",
+                    "in words",
+                    "detectable",
+                    "RelaImp",
+                ],
+                [
+                    (r.backbone, r.arm, r.base, r.difference, r.interval, r.verdict, r.detectable, r.rela_imp)
+                    for r in compared
+                ],
             )
         for line in data.notes:
             note(line)
