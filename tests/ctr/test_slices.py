@@ -13,9 +13,14 @@ def test_cold_users_and_items_by_hand() -> None:
     slices = slices_of(np.array([3, 4, 5, 1, 30]), np.array([4, 5, 0, 12, 5]), COUNTS)
     assert slices["cold items"].tolist() == [False, False, True, True, True]
     assert slices["warm items"].tolist() == [True, True, False, False, False]
-    assert slices["popular items"].tolist() == [True, True, False, False, False]  # as often, and as often as any
     assert slices["cold users"].tolist() == [True, False, True, False, False]
     assert slices["warm users"].tolist() == [False, True, False, True, True]
+
+
+def test_popular_items_are_those_of_a_fifth_of_the_warm_rows() -> None:
+    slices = slices_of(np.array([2, 3, 4, 5, 6, 6, 0]), np.full(7, 9), np.array([0, 0, 50, 8, 7, 6, 5]))
+    assert slices["popular items"].tolist() == [True, *[False] * 6]
+    assert slices["other warm items"].tolist() == [False, *[True] * 5, False]
 
 
 def test_history_buckets_part_the_rows_and_empty_ones_are_left_out() -> None:
