@@ -509,22 +509,23 @@ def tables_of(
     if trial.arm == "none":
         return None
     sources, parts = arm_sources(trial.arm, knowledge, trial.own), arm_parts(trial.arm)
-    users: dict[str, tuple[VectorTable, ...]] = {}
+    users: list[VectorTable] = []
+    every: dict[str, VectorTable] = {}
     for number, source in enumerate(sources.user):
         if source in OLDER_PARTITIONS:
             continue
-        table = knowledge[source]["user"]
-        cascade = sources.user[number + 1 : number + 2] == OLDER_PARTITIONS[:1]
-        users[f"{source} vectors of users"] = (
-            cascade_slots(table, knowledge[STREAMING]["user"]) if cascade else (table,)
-        )
+        table = every[f"{source} vectors of users"] = knowledge[source]["user"]
+        if sources.user[number + 1 : number + 2] == OLDER_PARTITIONS[:1]:
+            older = every[f"{STREAMING} vectors of users"] = knowledge[STREAMING]["user"]
+            users += cascade_slots(table, older)
+        else:
+            users.append(table)
     items = {f"{source} vectors of items": knowledge[source]["item"] for source in sources.item}
-    every = {name: table for name, (table, *_) in users.items()} | items
+    every |= items
     refuse_two_encoders(trial.arm, every)
     if parts.form != "codes":
         refuse_two_sizes(every)
-    user_tables = tuple(table for tables in users.values() for table in tables)
-    tables = Tables(user_tables, tuple(items.values()), parts.form, source_slots(sources.user), item_ids)
+    tables = Tables(tuple(users), tuple(items.values()), parts.form, source_slots(sources.user), item_ids)
     return tables.shuffled(trial.seed, *strata) if parts.shuffled else tables
 
 
