@@ -13,7 +13,7 @@ from owlrec.ctr.artifact import ModelCard, finish_artifact, read_by, write_artif
 from owlrec.ctr.batches import SplitTensors
 from owlrec.ctr.dataset import center_name, encode_tables, open_features, open_tables, reduce_once, reduced_folders
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
-from owlrec.ctr.features import Histories, SampleFeatures
+from owlrec.ctr.features import UNKNOWN, VALUES_PER_ATTRIBUTE, Histories, SampleFeatures, item_rows
 from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable, arm_parts
 from owlrec.ctr.trainer import Trained, TrainingData, export_trial, tables_of, train_one
 from owlrec.encoding.compression import Projection, Quantizer, SemanticIdConfig, code_vectors, train_quantizer
@@ -31,7 +31,7 @@ CONFIG = CTRConfig(
     batch_size=64,
     epochs=2,
     embed_dim=4,
-    hidden_dims=(8, 4),
+    hidden_dims=(32, 16),
     knowledge_variance=0.8,
     learning_rate=0.01,
     min_item_count=1,
@@ -130,15 +130,19 @@ class LiveWorld:
 
         contents: all that the release answers with.
         """
-        arm = self.trained.result.arm
-        tables = (
-            tables_of(self.trained.result.trial, self._knowledge(contents), self.data.features.items.ids)
-            if arm != "none"
-            else None
-        )
+        # Items that came later have the code of unknown items, but vectors of their own, in histories too.
+        features, model = self.data.features, self.trained.model
+        history = np.array([row[1] for row in contents.behaviors.get(user, [])], dtype=np.int64)
+        new = np.setdiff1d(history, features.items.ids)
+        item_ids = np.concatenate([features.items.ids, new])
+        codes = np.concatenate([features.items.codes.astype(np.int64), np.full(len(new), UNKNOWN)])
+        model.item_codes = torch.from_numpy(codes)
+        model.item_attributes = torch.zeros(len(codes), 0, VALUES_PER_ATTRIBUTE, dtype=torch.int64)
+        trial, knowledge = self.trained.result.trial, self._knowledge(contents)
+        tables = tables_of(trial, knowledge, item_ids) if trial.arm != "none" else None
         rows = contents.behaviors.get(user, [])
-        n, features = len(candidates), self.data.features
-        items = features.items.rows(np.array([row[1] for row in rows], dtype=np.int64))
+        n = len(candidates)
+        items = item_rows(item_ids, history)
         ratings = np.array([row[2] for row in rows], dtype=float)
         outcomes = features.vocabularies.grades.tokens(ratings, np.array([row[3] for row in rows], dtype=float))
         histories = Histories(

@@ -537,7 +537,8 @@ class LiveState:
             for kind, side in towers.items()
             if adaptor and len(side)
         }
-        self._nobody = None if knowledge is None else self._parts("user", np.array([_NO_ID]))[0]
+        width = self._widths["user"][0]
+        self._nobody = None if knowledge is None else self._made("user", np.array([_NO_ID]))[:, :width]
 
     def behaviors(self, user_id: int) -> np.ndarray | None:
         """A user's latest behaviors, oldest first: ids.BEHAVIOR [k]; None if unknown."""
