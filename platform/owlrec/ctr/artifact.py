@@ -524,10 +524,15 @@ class LiveState:
         """
         self.model, self._knowledge, self._store = model, knowledge, store
         spec = model.spec
-        n_vectors = len(spec.item_slots) * spec.knowledge_dim
+        n_sources = spec.item_vector_fields
         self._widths = {
             "user": [spec.user_fields * spec.embed_dim],
-            "item": [spec.item_vector_fields * spec.embed_dim, n_vectors, len(spec.item_codes)],
+            "item": [
+                n_sources * spec.embed_dim,
+                n_sources * spec.knowledge_dim,
+                n_sources,
+                len(spec.item_codes),
+            ],
         }
         self.held = {kind: (held or {}).get(kind) or FieldCache(max(1, sum(w))) for kind, w in self._widths.items()}
         adaptor = model.adaptor
@@ -560,7 +565,7 @@ class LiveState:
             return {}
         spec, there = self.model.spec, past >= 0
         user = self._nobody if user_id is None else self.fields("user", np.array([user_id]))
-        fields, vectors, codes = self._parts("item", np.concatenate([items, past[there]]))
+        fields, vectors, mask, codes = self._parts("item", np.concatenate([items, past[there]]))
         n = len(items)
         both = np.concatenate([np.broadcast_to(user, (n, user.shape[1])), fields[:n]], axis=1)
         tensors: dict[str, Tensor] = {}
@@ -570,7 +575,7 @@ class LiveState:
             cosines, known = np.zeros((2, n, len(past), len(spec.item_slots)), dtype=np.float32)
             unit = vectors.reshape(len(vectors), len(spec.item_slots), -1)
             cosines[:, there] = np.einsum("nsd,lsd->nls", unit[:n], unit[n:], optimize=True)
-            has: np.ndarray = np.any(unit, axis=2)
+            has = mask > 0
             known[:, there] = has[:n, None] & has[None, n:]
             group = np.broadcast_to(liked(tokens), (n, len(past)))
             each = [
@@ -586,7 +591,9 @@ class LiveState:
         return tensors
 
     def _parts(self, kind: str, ids: np.ndarray) -> list[np.ndarray]:
-        """float32 [n, w] each: fields of the adaptor and prefixes; of items, then unit vectors and semantic ids."""
+        """float32 [n, w] each. Of users: fields of the adaptor, then prefixes. Of items: fields of the adaptor, unit
+        vectors, whether there is one, and semantic ids.
+        """
         held = self.held[kind].gather(ids, lambda missing: self._made(kind, missing))
         return [held[:, a:b] for a, b in pairwise(np.cumsum([0, *self._widths[kind]]))]
 
@@ -602,8 +609,8 @@ class LiveState:
                 made.append(self.model.user_prefixes(torch.from_numpy(known.codes)).flatten(1).numpy())
         if kind == "item" and self._widths["item"][1]:
             unit = unit_rows(known.vectors.reshape(-1, known.vectors.shape[2])) * known.mask.reshape(-1, 1)
-            made.append(unit.reshape(len(ids), -1))
-        if kind == "item" and self._widths["item"][2]:
+            made += [unit.reshape(len(ids), -1), known.mask.astype(np.float32)]
+        if kind == "item" and self._widths["item"][3]:
             made.append(known.codes.astype(np.float32))
         held = np.concatenate(made, axis=1)
         return held if held.shape[1] else np.zeros((len(ids), 1), dtype=np.float32)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _VERSION = 1  # of the files of `save`
 _CENTER = "center/"
+_NEGLIGIBLE = 2e-3  # twice the relative precision of float16
 _ROWS_AT_ONCE = 1 << 15
 
 
@@ -61,8 +62,8 @@ class Projection:
     def apply(self, vectors: np.ndarray) -> np.ndarray:
         """`vectors` in the fitted space, scaled to length 1.
 
-        vectors: float [n, d]. Returns float32 [n, c]; a row that is zero or not finite (an item without text)
-        becomes zeros. Raises SchemaError if d differs from the fit.
+        vectors: float [n, d]. Returns float32 [n, c]; a row that is zero or not finite (an item without text), or that
+        equals the center, becomes zeros. Raises SchemaError if d differs from the fit.
         """
         if vectors.ndim != 2 or vectors.shape[1] != len(self.center):
             raise SchemaError(
@@ -73,7 +74,11 @@ class Projection:
         for start in range(0, len(vectors), _ROWS_AT_ONCE):
             block = np.asarray(vectors[start : start + _ROWS_AT_ONCE], dtype=np.float32)
             usable = _usable(block)
-            projected[start : start + len(block)][usable] = (block[usable] - self.center) @ self.directions.T
+            centered = (block[usable] - self.center) @ self.directions.T
+            # A vector that equals the center says nothing: its direction would be that of its rounding.
+            lengths = np.linalg.norm(centered, axis=1), np.linalg.norm(block[usable], axis=1)
+            centered[lengths[0] < _NEGLIGIBLE * lengths[1]] = 0
+            projected[start : start + len(block)][usable] = centered
         return unit_rows(projected)
 
     def save(self, workspace: Workspace, folder: str, fingerprint: str) -> None:
