@@ -17,7 +17,7 @@ SOURCES = [(1, 1), (3, 2), (4, 1)]  # of users, of items
 
 def adaptor(user_slots: int = 1, item_slots: int = 1) -> Adaptor:
     torch.manual_seed(0)
-    return Adaptor(D, OUT, CONFIG, (user_slots,), (item_slots,))
+    return Adaptor(D, OUT, CONFIG, (user_slots,), (item_slots,)).eval()
 
 
 def knowledge_of(n: int, seed: int, sources: int = 1) -> BatchVectors:
@@ -184,7 +184,7 @@ def test_another_number_of_sources_is_refused() -> None:
 
 
 def test_each_source_has_a_field_of_its_own_tower_and_a_side_may_have_none() -> None:
-    model = Adaptor(D, OUT, CONFIG, (1, 3), ())
+    model = Adaptor(D, OUT, CONFIG, (1, 3), ()).eval()
     user = knowledge_of(5, 1, 4)
     out = model.fields(user, None)
     assert out.shape == (7, 2, OUT)
