@@ -40,7 +40,7 @@ from owlrec.ctr.experiment import (
     trials,
 )
 from owlrec.ctr.features import build_features
-from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable
+from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable, OwnArm
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.encoding.vectors import Encoder, EncoderConfig
@@ -55,6 +55,7 @@ from owlrec.workspace import Workspace
 
 RECIPE = Path(pipelines.__file__).parent / "recipes" / "movielens-100k.yaml"
 ARMS: tuple[Arm, ...] = ("none", "knowledge", "shuffled", "metadata")
+ORACLE = OwnArm(users=("truth",), items=("truth",))  # the planted traits themselves, as categories
 # Large enough that what is not there is measured as nothing: a test split of 32,000 rows, three seeds.
 PLANTED_USERS, PLANTED_ITEMS, SEEDS = 4000, 200, (0, 1, 2)
 PLANTED = CTRConfig(embed_dim=8, hidden_dims=(32, 16), batch_size=512, learning_rate=5e-3, epochs=10)
@@ -86,23 +87,32 @@ def main() -> None:
 
 
 def _planted(options: argparse.Namespace) -> Iterator[Figure]:
+    """Shares are of what can be found: the AUC of the true probabilities less that of the genre, on the same rows."""
     users = PLANTED_USERS // 4 if options.quick else PLANTED_USERS
     world = plant(users, PLANTED_ITEMS)
+    best, blind = world.ceiling()
     for form in options.forms:
         data = _planted_data(world, form)
-        for backbone in options.backbones:
+        for number, backbone in enumerate(options.backbones):
+            arms = {arm: None for arm in ARMS[:3]} | ({"oracle": ORACLE} if number == 0 else {})
             arm_aucs: dict[str, list[float]] = {}
-            for trial in [Trial(backbone=backbone, arm=a, seed=s) for s in options.seeds for a in ARMS[:3]]:
-                arm_aucs.setdefault(trial.arm, []).append(train_one(trial, data, PLANTED).result.test.auc)
-            for arm in ("knowledge", "shuffled"):
+            for arm, own in arms.items():
+                for seed in options.seeds:
+                    trial = Trial(backbone=backbone, arm=arm, seed=seed, own=own)
+                    arm_aucs.setdefault(arm, []).append(train_one(trial, data, PLANTED).result.test.auc)
+            none = statistics.fmean(arm_aucs["none"])
+            for arm in list(arms)[1:]:
                 gains = [a - b for a, b in zip(arm_aucs[arm], arm_aucs["none"], strict=True)]
                 each = ", ".join(f"{g:+.4f}" for g in gains)
-                note(f"{backbone}, {form}, {arm}: {each}")
+                share = (statistics.fmean(arm_aucs[arm]) - blind) / (best - blind)
+                note(f"{backbone}, {form}, {arm}: {each}; {share:.0%} of what can be found")
+                found = "" if arm == "shuffled" else f", {share:.1%} of what can be found"
+                beside = f"none {none:.4f}, ceiling {best:.4f}, genre alone {blind:.4f}"
                 yield Figure(
                     measure=f"planted traits as {form}, {users:,} users: {arm} to none",
                     method=backbone,
                     value=round(statistics.fmean(gains), 4),
-                    unit=f"test AUC (seeds {each}; none {statistics.fmean(arm_aucs['none']):.4f})",
+                    unit=f"test AUC{found} (seeds {each}; {beside})",
                 )
 
 

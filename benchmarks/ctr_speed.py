@@ -2,13 +2,14 @@
 table.
 
 Data: MovieLens-100K's training samples, repeated to 10^6 rows; batch 4,096, embeddings of 32, MLP 200-80, three cross
-layers, DIN's attention 32-16 with softmax, Adam. Knowledge: random vectors of 384 components, of which the adaptor
-reads those of `ctr.knowledge_dim`, as after `train_ctr`. Each measurement is one epoch in a process of its own, all
-with the same threads and allocator. Both sides read target, history, genres and year in seven fields: the seventh of
-ours is the mean of the history's ratings, that of the peer, whose loader has no such thing, the last rating. The peer's
-DCNv2 and DIN are those of its wheel (model_zoo.LongCTR); its DeepFM is not in the wheel and is put together from its
-layers. It is timed twice: as it trains (its `train_epoch`, its loader, in its process or one beside it, whichever is
-faster), and with batches that lie ready in memory, as no trainer has them.
+layers, DIN's attention 32-16 with softmax, Adam. Knowledge: random vectors of 384 components without any common
+direction, so the adaptor, at KAR's width, reads nearly all of them: the slowest case of `ctr.knowledge_variance`. Each
+measurement is one epoch in a process of its own, all with the same threads and allocator. Both sides read target,
+history, genres and year in seven fields: the seventh of ours is the mean of the history's ratings, that of the peer,
+whose loader has no such thing, the last rating. The peer's DCNv2 and DIN are those of its wheel (model_zoo.LongCTR);
+its DeepFM is not in the wheel and is put together from its layers. It is timed twice: as it trains (its `train_epoch`,
+its loader, in its process or one beside it, whichever is faster), and with batches that lie ready in memory, as no
+trainer has them.
 
 The peer is looked for on PYTHONPATH:
     pip install --no-deps --target /some/folder fuxictr==2.3.10 keras_preprocessing h5py polars polars-runtime-32 six
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from benchmarks.table import Figure, options_parser, show
 ROWS, QUICK_ROWS, BATCH = 1_000_000, 65_536, 4096
 BACKBONES = ("dcnv2", "deepfm", "din")
 OURS, KNOWLEDGE, PEER, READY = "owlrec", "owlrec, with knowledge", "fuxictr 2.3.10", "fuxictr, batches ready"
+HALF, HALF_KNOWLEDGE = f"{OURS}, bfloat16", f"{KNOWLEDGE}, bfloat16"
+BASES = {KNOWLEDGE: OURS, HALF_KNOWLEDGE: HALF}
 TABLES = (100_000, 10_000_000)
 KNOWLEDGE_DIM = 384  # MiniLM's
 HISTORY = 10
@@ -42,6 +46,8 @@ def main() -> None:
     parser = options_parser(__doc__)
     parser.add_argument("--only", choices=("peers", "tables"))
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=BACKBONES)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -51,7 +57,8 @@ def main() -> None:
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:
         if options.only != "tables":
-            figures += _beside_peers(folder, QUICK_ROWS if options.quick else ROWS, rounds)
+            rows = options.rows or (QUICK_ROWS if options.quick else ROWS)
+            figures += _beside_peers(folder, rows, rounds, options.backbones)
         if options.only != "peers":
             figures += _tables(12 if options.quick else 60, rounds)
     show("training speed of CTR models", figures, options)
@@ -66,15 +73,15 @@ def _in_process(**task: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _beside_peers(folder: str, rows: int, rounds: int) -> list[Figure]:
-    methods = [OURS, KNOWLEDGE]
+def _beside_peers(folder: str, rows: int, rounds: int, backbones: Sequence[str]) -> list[Figure]:
+    methods = [OURS, KNOWLEDGE, HALF, HALF_KNOWLEDGE]
     if find_spec("fuxictr") and find_spec("model_zoo"):
         methods += [PEER, READY]
     else:
         print(f"skipped: {PEER}, which is not on PYTHONPATH", file=sys.stderr)
     _in_process(method="prepare", folder=folder)
     figures = []
-    for backbone in BACKBONES:
+    for backbone in backbones:
         speeds: dict[str, list[float]] = {method: [] for method in methods}
         for _ in range(rounds):
             for method, rates in speeds.items():
@@ -88,7 +95,7 @@ def _beside_peers(folder: str, rows: int, rounds: int) -> list[Figure]:
         for method, median in medians.items():
             spread = (max(speeds[method]) - min(speeds[method])) / 2 / median
             peers = (
-                [p for p in (PEER, READY) if p in medians] if method == OURS else [OURS] if method == KNOWLEDGE else []
+                [p for p in (PEER, READY) if p in medians] if method == OURS else [*filter(None, [BASES.get(method)])]
             )
             for peer in peers or [None]:
                 figures.append(
@@ -133,7 +140,7 @@ def _work(task: dict[str, Any]) -> Any:
         return _prepare(Path(task["folder"]))
     if task["method"] == "table":
         return _table_step(task["items"], task["steps"])
-    if task["method"] in (OURS, KNOWLEDGE):
+    if task["method"] in (OURS, KNOWLEDGE, HALF, HALF_KNOWLEDGE):
         return _ours(task)
     return _peer(task)
 
@@ -191,10 +198,11 @@ def _ours(task: dict[str, Any]) -> float:
     for kind, ids in (("user", np.unique(np.concatenate([s.whole().user_ids for s in features.splits.values()]))),
                       ("item", features.items.ids)):  # fmt: skip
         kind_tables[kind] = KnowledgeTable(ids, rng.normal(size=(len(ids), KNOWLEDGE_DIM)).astype(np.float16))
-    config = CTRConfig(batch_size=BATCH, epochs=1)
-    kind_tables = reduced(kind_tables, config.knowledge_dim)  # as `train_ctr` does, once a grid
+    half = task["method"] in (HALF, HALF_KNOWLEDGE)
+    config = CTRConfig(batch_size=BATCH, epochs=1, precision="bfloat16" if half else "float32")
+    kind_tables = reduced(kind_tables, config.knowledge_variance)  # as `train_ctr` does, once a grid
     data = TrainingData(replace(features, splits={**features.splits, "train": repeated}), {"knowledge": kind_tables})
-    arm: Any = "knowledge" if task["method"] == KNOWLEDGE else "none"
+    arm: Any = "knowledge" if task["method"] in BASES else "none"
     trial = Trial(backbone=task["backbone"], arm=arm, seed=0)
     return train_one(trial, data, config).result.samples_per_s
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from owlrec import schema
 from owlrec.ctr.dataset import reduced
@@ -21,6 +22,7 @@ from owlrec.ctr.features import build_features
 from owlrec.ctr.knowledge_tables import KnowledgeTable
 from owlrec.ctr.trainer import TrainingData
 from owlrec.encoding.vectors import Encoder
+from owlrec.evaluation import auc
 
 HISTORY = 5
 GENRE_LOGITS = (-2.0, -0.7, 0.7, 2.0)
@@ -65,8 +67,20 @@ class PlantedWorld:
         features = build_features(
             self.users, self.items, self.samples, features={"items": ("genre",), "users": ()}, min_item_count=1
         )
-        tables = reduced({"user": user, "item": item}, CTRConfig().knowledge_dim)  # as `train_ctr` does
-        return TrainingData(features, {"knowledge": tables})
+        tables = reduced({"user": user, "item": item}, CTRConfig().knowledge_variance)  # as `train_ctr` does
+        truth = {
+            kind: KnowledgeTable(np.arange(len(traits)), np.concatenate([traits > 0, traits < 0], 1).astype(np.float16))
+            for kind, traits in (("user", self.user_traits), ("item", self.item_traits))
+        }
+        return TrainingData(features, {"knowledge": tables, "truth": truth})
+
+    def ceiling(self) -> tuple[float, float]:
+        """Test AUC of the labels' true probabilities, and of the genre's alone."""
+        test = self.samples.filter(pc.equal(self.samples["split"], "test"))
+        user, item, label = (test[name].to_numpy() for name in ("user_id", "item_id", "label"))
+        genre = np.array(GENRE_LOGITS)[[int(name.split()[1]) for name in self.items["genre"].to_pylist()]][item]
+        shared = (self.user_traits[user] * self.item_traits[item]).sum(axis=1)
+        return auc(label, genre + TRAIT_LOGIT * shared), auc(label, genre)
 
 
 def plant(n_users: int, n_items: int, *, rows_per_user: int = 20, seed: int = 0) -> PlantedWorld:

@@ -190,19 +190,17 @@ class _Frozen(LiveState):
 
     def __init__(self, live: LiveState, users: np.ndarray, items: np.ndarray) -> None:
         """users, items: ids, ascending."""
-        self.model, self._items = live.model, items
-        self._item_fields = live.fields("item", items)
-        self._user_fields = dict(zip(users.tolist(), live.fields("user", users), strict=True))
+        self.model, self._widths, self._nobody = live.model, live._widths, live._nobody
+        self._ids = {"user": users, "item": items}
+        self._frozen = {kind: live._parts(kind, ids) for kind, ids in self._ids.items()}
         self._behaviors = {user: live.behaviors(user) for user in users.tolist()}
 
     def behaviors(self, user_id: int) -> np.ndarray | None:
         return self._behaviors[user_id]
 
-    def adaptor_fields(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
-        assert user_id is not None
-        fields = self._item_fields[np.searchsorted(self._items, items)]
-        both = np.concatenate([np.broadcast_to(self._user_fields[user_id], fields.shape), fields], axis=1)
-        return torch.from_numpy(both).unflatten(1, (self.model.spec.knowledge_fields, -1))
+    def _parts(self, kind: str, ids: np.ndarray) -> list[np.ndarray]:
+        rows = np.searchsorted(self._ids[kind], ids)
+        return [part[rows] for part in self._frozen[kind]]
 
 
 def compare_frozen(workspace: Workspace, artifact: str, requests: int) -> list[tuple[float, float]]:

@@ -359,7 +359,7 @@ def _aucs(
     features = build_features(
         raw.users, raw.items, _samples(raw, start, end), features={"items": ("genres",), "users": ()}, min_item_count=2
     )
-    tables = reduced(tables, CTRConfig().knowledge_dim)  # as `train_ctr` does
+    tables = reduced(tables, CTRConfig().knowledge_variance)  # as `train_ctr` does
     fixed, partitions, items = tables["fixed"], tables["partitions"], tables["items"]
     users: dict[str, dict[str, VectorTable]] = {
         "fixed": {"knowledge": fixed},

@@ -685,6 +685,9 @@ def import_vectors_(
         int | None,
         typer.Option("--as-of-ms", help="cutoff time, in ms: the newest moment that the vectors cover; items: 0"),
     ] = None,
+    source: Annotated[
+        str, typer.Option("--source", help="their name in ctr.arms; `knowledge` replaces the encoder's vectors")
+    ] = "knowledge",
     workspace: WorkspaceOption = None,
 ) -> None:
     """Import vectors from another encoder. `owlrec run --from encode` prefers them to its own."""
@@ -695,7 +698,7 @@ def import_vectors_(
     if known == "cohort":
         raise OwlRecError("cohort vectors cannot be imported. Use --kind user or --kind item.")
     store = open_workspace(_recipe(recipe, workspace=workspace))
-    note(f"{import_vectors(store, known, str(vectors), str(ids), as_of_ms):,} vectors")
+    note(f"{import_vectors(store, known, str(vectors), str(ids), as_of_ms, source):,} vectors")
 
 
 @knowledge_app.command()

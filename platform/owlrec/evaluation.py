@@ -282,11 +282,10 @@ def _midranks(scores: np.ndarray) -> np.ndarray:
 # Compares arms of a grid on test rows that all of them scored, by the mean over seeds of the difference in AUC.
 #
 # It is the mean of differences, not the difference of averaged scores: averaging makes an ensemble, which nobody
-# serves and which favors the arm whose seeds disagree most. The interval shows how far other users would move that
-# mean, given the trained seeds; the seeds' standard deviation shows the effect of other seeds
-# (`experiment.ArmSummary`). Up to a million rows, users are resampled. Beyond that, the bootstrap distribution is
-# normal and its width is computed in closed form, with one sort of a trial's scores instead of a thousand passes over
-# all trials'.
+# serves and which favors the arm whose seeds disagree most. The interval shows how far other users and other seeds
+# would move that mean: both are resampled. Up to a million rows, users are drawn. Beyond that, the bootstrap
+# distribution is normal and its width is computed in closed form, with one sort of a trial's scores instead of a
+# thousand passes over all trials'.
 
 
 _RESAMPLED_ROWS = 1 << 20
@@ -305,13 +304,19 @@ class GridScores:
 
 
 def compare_arms(
-    grid: GridScores, pairs: Mapping[_Key, Sequence[tuple[str, str]]], *, resamples: int = 1000, seed: int = 0
+    grid: GridScores,
+    pairs: Mapping[_Key, Sequence[tuple[str, str]]],
+    *,
+    seeds: Mapping[_Key, Sequence[int]] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> dict[_Key, Interval | None]:
-    """95 % interval, over resampled users, of the mean difference in AUC for each comparison whose trials all have
-    scores; others are left out. None with fewer than two users.
+    """95 % interval, over resampled users and seeds, of the mean difference in AUC for each comparison whose trials all
+    have scores; others are left out. None with fewer than two users.
 
-    pairs: comparison -> (path of the arm's trial, path of its base's trial), one pair per seed. Each trial is resampled
-    once for all its comparisons.
+    pairs: comparison -> (path of the arm's trial, path of its base's trial). seeds: of each of its pairs; those of one
+    seed, such as of several backbones, are drawn together. By default each pair has a seed of its own. Each trial is
+    resampled once for all its comparisons.
     """
     complete = {
         key: trials
@@ -327,20 +332,49 @@ def compare_arms(
         resampled = dict(zip(paths, columns, strict=True))
     intervals = dict[_Key, Interval | None]()
     for key, trials in complete.items():
-        if resampled or not several:
-            interval = _interval(resampled, trials)
-        else:
+        drawn = (seeds or {}).get(key, range(len(trials)))
+        interval: Interval | None = None
+        if resampled:
+            differences = np.stack([resampled[arm] - resampled[base] for arm, base in trials], axis=1)
+            interval = percentile_interval(_over_seeds(_by_seed(differences, drawn), seed))
+        elif several:
             arms, bases = (np.stack([grid.scores[path] for path in half]) for half in zip(*trials, strict=True))
             difference, error = clustered_difference(grid.labels, arms, bases, grid.user_ids)
+            each = [auc(grid.labels, arm) - auc(grid.labels, base) for arm, base in zip(arms, bases, strict=True)]
+            by_seed = _by_seed(np.array([each]), drawn)[0]
+            if len(by_seed) > 1:
+                error = math.hypot(error, float(by_seed.std(ddof=1)) / math.sqrt(len(by_seed)))
             interval = Interval(low=difference - _NORMAL_95 * error, high=difference + _NORMAL_95 * error)
         intervals[key] = interval
     return intervals
 
 
-def _interval(resampled: Mapping[str, np.ndarray], trials: Sequence[tuple[str, str]]) -> Interval | None:
-    if not resampled:
-        return None
-    return percentile_interval(np.mean([resampled[arm] - resampled[base] for arm, base in trials], axis=0))
+def _by_seed(differences: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
+    """float64 [n, seeds]: means over the pairs of each seed. differences: float64 [n, pairs]."""
+    numbers = np.asarray(list(seeds))
+    return np.stack([differences[:, numbers == number].mean(axis=1) for number in np.unique(numbers)], axis=1)
+
+
+def _over_seeds(differences: np.ndarray, seed: int) -> np.ndarray:
+    """float64 [resamples]: means over seeds drawn anew in each resample. differences: float64 [resamples, seeds].
+
+    Deviations are widened by n / (n - 1), as in a sample variance: three seeds drawn from three vary too little.
+    """
+    mean, n = differences.mean(axis=1), differences.shape[1]
+    if n == 1:
+        return mean
+    drawn = np.random.default_rng([seed, n]).integers(0, n, differences.shape)
+    resampled = np.take_along_axis(differences, drawn, axis=1).mean(axis=1)
+    widened: np.ndarray = mean + math.sqrt(n / (n - 1)) * (resampled - mean)
+    return widened
+
+
+_POWER_80 = 0.841621
+
+
+def detectable_difference(interval: Interval) -> float:
+    """Smallest true difference that would have been shown with a probability of 80 %, from a 95 % interval."""
+    return (interval.high - interval.low) / 2 * (_NORMAL_95 + _POWER_80) / _NORMAL_95
 
 
 # ---------------------------------------------------------------------------------------------------------- calibration

@@ -15,9 +15,9 @@ CONFIG = AdaptorConfig(shared_experts=2, dedicated_experts=3, hidden_dim=4)
 SOURCES = [(1, 1), (3, 2), (4, 1)]  # of users, of items
 
 
-def adaptor(user_sources: int = 1, item_sources: int = 1) -> Adaptor:
+def adaptor(user_slots: int = 1, item_slots: int = 1) -> Adaptor:
     torch.manual_seed(0)
-    return Adaptor(D, OUT, CONFIG, user_sources, item_sources)
+    return Adaptor(D, OUT, CONFIG, (user_slots,), (item_slots,)).eval()
 
 
 def knowledge_of(n: int, seed: int, sources: int = 1) -> BatchVectors:
@@ -64,7 +64,8 @@ def test_equals_a_loop_over_samples_sources_and_experts(sources: tuple[int, int]
     with torch.no_grad():
         out = model.fields(user, item)
         expected = [
-            torch.stack([by_hand(model, model.user, user, r), by_hand(model, model.item, item, r)]) for r in range(7)
+            torch.stack([by_hand(model, model.user[0], user, r), by_hand(model, model.item[0], item, r)])
+            for r in range(7)
         ]
     assert out.shape == (7, 2, OUT)
     torch.testing.assert_close(out, torch.stack(expected))
@@ -87,7 +88,7 @@ def drawn_by_hand() -> dict[str, Tensor]:
         parts = {f"{name}.default": default, f"{name}.gate.weight": gate.weight, f"{name}.gate.bias": gate.bias}
         return {**parts, **experts(f"{name}.experts", 3)}
 
-    return {**experts("shared", 2), **tower("user"), **tower("item")}
+    return {**experts("shared", 2), **tower("user.0"), **tower("item.0")}
 
 
 def test_one_source_draws_the_numbers_of_an_adaptor_without_fusion() -> None:
@@ -117,10 +118,10 @@ def test_a_missing_source_contributes_nothing_whatever_its_vector_holds(
 def test_only_ids_without_any_source_read_the_default(sources: int) -> None:
     model, user, item = adaptor(sources), knowledge_of(5, 1, sources), knowledge_of(4, 2)
     missing = ~user.mask.any(dim=1)
-    assert torch.equal(model.user.fused(user.vectors, user.mask)[missing], torch.zeros(int(missing.sum()), D))
+    assert torch.equal(model.user[0].fused(user.vectors, user.mask)[missing], torch.zeros(int(missing.sum()), D))
     before = model.fields(user, item)[:, 0]
     with torch.no_grad():
-        model.user.default += 1
+        model.user[0].default += 1
     changed = (model.fields(user, item)[:, 0] != before).any(dim=1)
     assert torch.equal(changed, missing[user.rows])
     assert not changed.all()
@@ -128,7 +129,7 @@ def test_only_ids_without_any_source_read_the_default(sources: int) -> None:
 
 @pytest.mark.parametrize("present", [0, 1, 2])
 def test_an_id_with_one_source_reads_just_that_vector(present: int) -> None:
-    tower, vectors = adaptor(3).user, knowledge_of(5, 1, 3).vectors
+    tower, vectors = adaptor(3).user[0], knowledge_of(5, 1, 3).vectors
     mask = (torch.arange(3) == present).expand(5, 3)
     torch.testing.assert_close(tower.fused(vectors, mask), F.normalize(vectors[:, present], dim=1))
 
@@ -138,8 +139,8 @@ def test_nothing_known_of_a_whole_batch_trains_without_nan() -> None:
     user, item = (BatchVectors(k.vectors, torch.zeros_like(k.mask), k.rows) for k in (user, item))
     out = model.fields(user, item)
     out.sum().backward()
-    assert model.user.fusion is not None
-    assert torch.equal(model.user.fused(user.vectors, user.mask), torch.zeros(5, D))
+    assert model.user[0].fusion is not None
+    assert torch.equal(model.user[0].fused(user.vectors, user.mask), torch.zeros(5, D))
     assert out.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -153,7 +154,7 @@ def test_ids_permuted_with_their_vectors_leave_the_outputs(sources: tuple[int, i
 
 
 def test_sources_are_told_apart_by_their_slots_alone() -> None:
-    tower, vectors = adaptor(3).user, knowledge_of(5, 1, 3).vectors
+    tower, vectors = adaptor(3).user[0], knowledge_of(5, 1, 3).vectors
     mask, order = torch.ones(5, 3, dtype=torch.bool), torch.tensor([2, 0, 1])
     assert tower.fusion is not None
     before, swapped = tower.fused(vectors, mask), tower.fused(vectors[:, order], mask)
@@ -168,7 +169,7 @@ def test_default_query_keys_and_slots_are_learned() -> None:
     for knowledge in (user, item):
         knowledge.mask[1:] = True
     model.fields(user, item).sum().backward()
-    for tower in (model.user, model.item):
+    for tower in (model.user[0], model.item[0]):
         assert tower.fusion is not None
         for parameter in (tower.default, tower.fusion.query, tower.fusion.key.weight):
             assert parameter.grad is not None
@@ -182,10 +183,29 @@ def test_another_number_of_sources_is_refused() -> None:
         adaptor(3, 1).fields(knowledge_of(5, 1, 2), knowledge_of(4, 2))
 
 
-def test_size_is_that_of_the_experts_and_of_two_fusions() -> None:
-    # 12 experts of 384 x 32 + 32 + 32 x 32 + 32, two gates of 384 x 7 + 7, two default vectors.
-    experts = 12 * (384 * 32 + 32 + 32 * 32 + 32) + 2 * (384 * 7 + 7) + 2 * 384
-    one, several = (Adaptor(384, 32, AdaptorConfig(), *sources) for sources in ((1, 1), (4, 2)))
+def test_each_source_has_a_field_of_its_own_tower_and_a_side_may_have_none() -> None:
+    model = Adaptor(D, OUT, CONFIG, (1, 3), ()).eval()
+    user = knowledge_of(5, 1, 4)
+    out = model.fields(user, None)
+    assert out.shape == (7, 2, OUT)
+    first, second = (
+        BatchVectors(v, m, user.rows)
+        for v, m in ((user.vectors[:, :1], user.mask[:, :1]), (user.vectors[:, 1:], user.mask[:, 1:]))
+    )
+    with torch.no_grad():
+        expected = [
+            torch.stack([by_hand(model, model.user[0], first, r), by_hand(model, model.user[1], second, r)])
+            for r in range(7)
+        ]
+    torch.testing.assert_close(out, torch.stack(expected))
+
+
+def test_size_is_kars_and_that_of_two_fusions() -> None:
+    # 12 experts of 768 x 128 + 128 + 128 x 32 + 32, two gates of 768 x 7 + 7, two default vectors: KAR's 1.23 million.
+    kar = 12 * (768 * 128 + 128 + 128 * 32 + 32) + 2 * (768 * 7 + 7) + 2 * 768
+    assert sum(p.numel() for p in Adaptor(768, 32).parameters()) == kar
+    experts = 12 * (384 * 128 + 128 + 128 * 32 + 32) + 2 * (384 * 7 + 7) + 2 * 384
+    one, several = (Adaptor(384, 32, AdaptorConfig(), *slots) for slots in (((1,), (1,)), ((4,), (2,))))
     assert sum(p.numel() for p in one.parameters()) == experts
     fusions = 2 * (384 * FUSION_DIM + FUSION_DIM) + (4 + 2) * FUSION_DIM
     assert sum(p.numel() for p in several.parameters()) == experts + fusions

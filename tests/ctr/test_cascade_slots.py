@@ -100,7 +100,7 @@ def test_the_arm_streaming_reads_partitions_and_what_it_reads_differs_from_knowl
     given_ = open_tables(workspace, {"knowledge": {"user": folder, "item": folder}, "streaming": {"user": folder}})
     masks = {}
     for arm in ("knowledge", "streaming"):
-        tables = tables_of(Trial.model_validate({"backbone": "din", "arm": arm, "seed": 0}), given_)
+        tables = tables_of(Trial.model_validate({"backbone": "din", "arm": arm, "seed": 0}), given_, np.array([9]))
         assert isinstance(tables, Tables)
         none = np.zeros(0, np.int32)
         histories = Histories(np.zeros(2, np.int64), np.zeros(2, np.int32), none, none, 1)

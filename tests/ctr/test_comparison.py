@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from owlrec import evaluation as comparison
-from owlrec.evaluation import GridScores, auc, bootstrap_aucs, clustered_difference, compare_arms, percentile_interval
+from owlrec.evaluation import (
+    GridScores,
+    Interval,
+    auc,
+    bootstrap_aucs,
+    clustered_difference,
+    compare_arms,
+    detectable_difference,
+    percentile_interval,
+)
 
 
 def grid(draw: int = 0, users: int = 40, rows: int = 10) -> GridScores:
@@ -25,8 +34,27 @@ def test_interval_is_that_of_the_mean_over_seeds_of_paired_differences() -> None
     intervals = compare_arms(given, {"gain": pairs, "other": [("same/0", "base/0")]}, resamples=200, seed=3)
     vectors = [given.scores[path] for pair in pairs for path in pair]
     a0, b0, a1, b1 = bootstrap_aucs(given.labels, vectors, given.user_ids, resamples=200, seed=3).T
-    assert intervals["gain"] == percentile_interval(((a0 - b0) + (a1 - b1)) / 2)
+    differences = np.stack([a0 - b0, a1 - b1], axis=1)
+    drawn = np.random.default_rng([3, 2]).integers(0, 2, (200, 2))
+    mean, resampled = differences.mean(1), np.take_along_axis(differences, drawn, axis=1).mean(1)
+    assert intervals["gain"] == percentile_interval(mean + 2**0.5 * (resampled - mean))
     assert intervals["gain"].low > 0
+
+
+def test_seeds_that_disagree_widen_the_interval_and_pairs_of_one_seed_are_drawn_together() -> None:
+    given = grid()
+    agree = [("arm/0", "base/0"), ("arm/1", "base/1")]
+    disagree = [("arm/0", "base/0"), ("base/1", "arm/1")]
+    seeds = {"agree": [0, 1], "disagree": [0, 1], "one seed": [0, 0]}
+    pairs = {"agree": agree, "disagree": disagree, "one seed": disagree}
+    width = {k: i.high - i.low for k, i in compare_arms(given, pairs, seeds=seeds, resamples=400).items() if i}
+    assert width["disagree"] > 3 * width["agree"]
+    assert width["one seed"] < width["disagree"] / 3
+
+
+def test_the_smallest_detectable_difference_is_that_of_a_test_with_a_power_of_80_percent() -> None:
+    # A standard error of .01: the interval is 1.96 of these to each side.
+    assert detectable_difference(Interval(low=-0.0096, high=0.0296)) == pytest.approx(0.028, abs=1e-4)
 
 
 def test_equal_arms_are_told_apart_about_as_rarely_as_promised() -> None:

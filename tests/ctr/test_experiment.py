@@ -14,10 +14,21 @@ from owlrec.ctr.experiment import (
     SliceMetrics,
     Trial,
     TrialResult,
+    headlines,
     summarize,
     trials,
 )
-from owlrec.ctr.knowledge_tables import Arm, ArmSources, arm_parts, arm_sources, bases, stored_sources
+from owlrec.ctr.knowledge_tables import (
+    OLDER_PARTITIONS,
+    Arm,
+    ArmSources,
+    OwnArm,
+    arm_parts,
+    arm_sources,
+    bases,
+    source_slots,
+    stored_sources,
+)
 from owlrec.errors import RecipeError
 from owlrec.evaluation import GridScores, auc
 
@@ -50,10 +61,16 @@ def test_grid_finishes_a_seed_before_it_starts_the_next() -> None:
     ("settings", "message"),
     [
         ({"backbones": ["dim"]}, "Did you mean 'din'"),
-        (
-            {"arms": ["none", "magic"]},
-            "'none', 'knowledge', 'knowledge-codes', 'knowledge.codes', 'collective', 'both', 'streaming', ",
-        ),
+        ({"arms": ["none", "magic"]}, "no arm 'magic'. Valid names: both, collective, knowledge, metadata, none, sh"),
+        ({"arms": ["none", "knowlege"]}, "no arm 'knowlege'. Did you mean 'knowledge'"),
+        ({"arms": ["shuffled-none"]}, "no arm 'shuffled-none'"),
+        ({"arms": ["shuffled-mine"]}, "no arm 'shuffled-mine'"),
+        ({"arms": [{"mine": {}}]}, "names no source"),
+        ({"arms": [{"mine": {"users": ["knowledge", "knowledge"]}}]}, "each source once"),
+        ({"arms": [{"mine": {"user": ["knowledge"]}}]}, "Extra inputs"),
+        ({"arms": [{"knowledge": {"users": ["knowledge"]}}]}, "'knowledge' is a short name"),
+        ({"arms": [{"a-codes": {"users": ["knowledge"]}}]}, "'a-codes' cannot name an own arm"),
+        ({"arms": ["none", {"mine": {"items": ["title"]}}, {"mine": {"items": ["tags"]}}]}, "mine is listed more"),
         ({"seeds": [1, 2, 1]}, "1 is listed more than once"),
         ({"seeds": []}, "at least 1"),
         ({"embed_size": 8}, "Extra inputs"),
@@ -84,19 +101,45 @@ def test_what_each_arm_reads(arm: Arm, user: tuple[str, ...], item: tuple[str, .
 
 
 @pytest.mark.parametrize(
-    ("arm", "reads", "form", "compared"),
+    ("arm", "parts", "compared"),
     [
-        ("none", "none", "vectors", ()),
-        ("knowledge", "knowledge", "vectors", ("none", "shuffled")),
-        ("shuffled", "shuffled", "vectors", ("none",)),
-        ("knowledge-codes", "knowledge", "codes", ("none", "shuffled-codes", "knowledge")),
-        ("metadata+codes", "metadata", "both", ("none", "shuffled+codes", "metadata")),
-        ("shuffled-codes", "shuffled", "codes", ("none", "shuffled")),
+        ("none", ("none", "vectors", False), ()),
+        ("knowledge", ("knowledge", "vectors", False), ("metadata", "shuffled", "none")),
+        ("mine", ("mine", "vectors", False), ("metadata", "shuffled-mine", "none")),
+        ("metadata", ("metadata", "vectors", False), ("shuffled-metadata", "none")),
+        ("shuffled", ("knowledge", "vectors", True), ("none",)),
+        ("shuffled-mine", ("mine", "vectors", True), ("none",)),
+        ("knowledge-codes", ("knowledge", "codes", False), ("metadata-codes", "shuffled-codes", "none", "knowledge")),
+        ("metadata+codes", ("metadata", "both", False), ("shuffled-metadata+codes", "none", "metadata")),
+        ("shuffled-codes", ("knowledge", "codes", True), ("none", "shuffled")),
     ],
 )
-def test_an_arm_is_compared_with_its_like(arm: Arm, reads: str, form: str, compared: tuple[str, ...]) -> None:
-    assert arm_parts(arm) == (reads, form)
+def test_an_arm_is_compared_with_its_like_and_with_metadata_first(
+    arm: Arm, parts: tuple[str, str, bool], compared: tuple[str, ...]
+) -> None:
+    assert arm_parts(arm) == parts
     assert bases(arm) == compared
+
+
+def test_own_arms_name_their_sources_and_their_controls_read_the_same() -> None:
+    items_only = {"images": {"items": ["images"]}}
+    config = CTRConfig.model_validate(
+        {"backbones": ["din"], "seeds": [0], "arms": ["none", items_only, "shuffled-images", "images-codes"]}
+    )
+    assert config.arm_names == ("none", "images", "shuffled-images", "images-codes")
+    grid = {trial.arm: trial for trial in trials(config)}
+    own = config.own_arms["images"]
+    assert grid["none"].own is None
+    for arm in ("images", "shuffled-images", "images-codes"):
+        assert grid[arm].own == own
+        assert arm_sources(arm, {"images": ("item",)}, own) == ArmSources((), ("images",))
+    assert CTRConfig.model_validate_json(config.model_dump_json()) == config
+    assert source_slots(("knowledge", *OLDER_PARTITIONS, "collective")) == (4, 1)
+    both = OwnArm(users=("streaming", "collective"), items=("metadata",))
+    given = {**ALL, "disliked": ("user",)}
+    assert arm_sources("mine", given, both).user == ("knowledge", *OLDER_PARTITIONS, "collective", "disliked")
+    with pytest.raises(RecipeError, match=r"arm 'mine' needs images vectors\. .* none of users"):
+        arm_sources("mine", {"images": ("item",)}, OwnArm(users=("images",)))
 
 
 def test_codes_are_weighed_against_vectors_of_the_same_seed() -> None:
@@ -156,6 +199,39 @@ def test_summary_by_hand() -> None:
     assert (knowledge.seeds, knowledge.gauc) == (3, 0.6)
     assert knowledge.auc == pytest.approx(0.76)
     assert knowledge.differences["none"].auc == pytest.approx(0.02)  # of .01 and .03
+
+
+def test_the_first_line_is_knowledge_minus_metadata_in_words() -> None:
+    rng = np.random.default_rng(0)
+    labels, users = rng.integers(0, 2, 600).astype(float), np.arange(600) // 6
+    noise = {seed: rng.normal(size=600) for seed in (0, 1)}
+    shown = {"knowledge": 1.0, "metadata": 0.3, "shuffled": 0.0, "none": 0.0}
+
+    def lines(arms: tuple[str, ...], strength: dict[str, float]) -> list[str]:
+        scores = {
+            f"din/{a}/seed-{s}": strength[a] * labels + noise[s] + 0.05 * rng.normal(size=600)
+            for a in arms
+            for s in (0, 1)
+        }
+        results = [result(a, s, auc(labels, scores[f"din/{a}/seed-{s}"])) for a in arms for s in (0, 1)]
+        return list(map(str, headlines(results, GridScores(users, labels, scores))))
+
+    first, *others = lines(("none", "knowledge", "shuffled", "metadata"), shown)
+    assert first.startswith("knowledge - metadata: gain shown. Test AUC +0.1")
+    assert "(1 backbone, 2 seeds, 100 test users)" in first
+    assert [line.partition(":")[0] for line in others] == ["knowledge - shuffled", "knowledge - none"]
+    swapped = {**shown, "knowledge": 0.3, "metadata": 1.0}
+    assert lines(("none", "knowledge", "metadata"), swapped)[0].startswith(
+        "knowledge - metadata: loss shown. Test AUC -0"
+    )
+    same = {**shown, "metadata": 1.0}
+    [first, *_] = lines(("none", "knowledge", "metadata"), same)
+    assert first.startswith("knowledge - metadata: no gain shown.")
+    assert "smallest difference that this test would show is 0.0" in first
+    missing, to_none = lines(("none", "knowledge"), shown)
+    assert "unknown: add `metadata` to ctr.arms" in missing
+    assert to_none.startswith("knowledge - none: gain shown")
+    assert "Add `knowledge` to ctr.arms" in lines(("none", "metadata"), shown)[0]
 
 
 def test_one_seed_has_no_spread() -> None:

@@ -42,18 +42,6 @@ def test_reloaded_model_gives_the_same_scores(workspace: Workspace, toy_world: A
     np.testing.assert_array_equal(score(model, SplitBatches(Split.of(samples), data.tables(trial), "cpu")), before)
 
 
-def test_spec_written_before_there_were_several_sources_still_loads(workspace: Workspace, toy_world: Any) -> None:
-    data, trial = toy_world.data, Trial(backbone="din", arm="knowledge", seed=0)
-    trained = train_one(trial, data, CONFIG)
-    folder = export_trial(workspace, FINGERPRINT, trained)
-    spec = workspace.read_json(f"{folder}/spec.json")
-    assert (spec.pop("user_sources"), spec.pop("item_sources")) == (1, 1)
-    workspace.write_json(f"{folder}/spec.json", spec)
-    split = SplitBatches(data.features.splits["test"], data.tables(trial), "cpu")
-    model = load_trial(workspace, folder, data.features.items)
-    np.testing.assert_array_equal(score(model, split), score(trained.model, split))
-
-
 def test_result_is_read_back_only_for_finished_trials(workspace: Workspace, toy_world: Any) -> None:
     wanted = [Trial(backbone="dcnv2", arm="none", seed=s) for s in (1, 0)]
     trained = train_one(wanted[1], toy_world.data, CONFIG)

@@ -16,7 +16,7 @@ from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitBatches, SplitTensors
 from owlrec.ctr.experiment import CTRConfig, Trial
 from owlrec.ctr.features import Split
-from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable
+from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable, OwnArm
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.ctr.trainer import Epochs, TrainingData, Worker, score, train_one
 from owlrec.errors import RecipeError, SchemaError
@@ -57,12 +57,12 @@ def test_same_seed_same_result_other_seed_another(data: TrainingData) -> None:
 
 
 def test_slices_part_the_test_rows_and_calibration_is_measured(data: TrainingData) -> None:
-    # Narrower experts order all rows right in an epoch whose scores are still near .5, and early stopping keeps it.
-    config = CONFIG.model_copy(update={"expert_dim": 64})
-    result = train_one(trial("knowledge"), data, config).result
+    result = train_one(trial("knowledge"), data, CONFIG).result
     rows = len(data.features.splits["test"])
     # The toy world's histories have 0 to 4 behaviors, and every item occurs in training more than a hundred times.
-    assert result.slices.keys() == {"cold users", "warm items", "history 0", "history 1-2", "history 3-5"}
+    lengths_and_texts = {"history 0", "history 1-2", "history 3-5", "user has a text", "item has a text"}
+    assert result.slices.keys() == {"cold users", "warm items", "popular items", "other warm items", *lengths_and_texts}
+    assert result.slices["popular items"].rows + result.slices["other warm items"].rows == rows
     assert result.slices["cold users"].rows == result.slices["warm items"].rows == rows
     assert result.slices["warm items"].auc == result.test.auc
     assert result.slices["warm items"].log_loss == result.test.log_loss
@@ -172,11 +172,14 @@ def test_every_table_may_be_a_large_one(data: TrainingData, backbone: str, monke
 def test_shuffled_permutes_the_vectors_of_each_side_by_the_trials_seed(data: TrainingData, source: str) -> None:
     given = {source: data.knowledge[source]}
     for seed in (0, 3):
-        tables = TrainingData(data.features, given).tables(trial("shuffled", seed=seed))
+        shared = TrainingData(data.features, given)
+        tables = shared.tables(trial("shuffled", seed=seed))
         assert tables is not None
-        for kind, (table,) in (("user", tables.users), ("item", tables.items)):
+        for kind, (table,), strata in zip(("user", "item"), (tables.users, tables.items), shared.strata, strict=True):
             own = given[source][kind]
-            np.testing.assert_array_equal(table.gather(own.ids)[0], own.shuffled(seed).gather(own.ids)[0])
+            expected = own.shuffled(seed, strata).gather(own.ids)[0]
+            np.testing.assert_array_equal(table.gather(own.ids)[0], expected)
+            assert (expected != own.gather(own.ids)[0]).any(axis=1).all()
 
 
 def test_two_sources_tell_together_what_neither_tells_alone(toy_world: Any) -> None:
@@ -208,11 +211,58 @@ def test_repeated_ids_and_items_score_as_they_do_alone(data: TrainingData, arm: 
     torch.manual_seed(0)
     tables = data.tables(trial(arm))
     assert tables is not None
-    spec = ModelSpec.of(data.features.spec, "din", 8, CONFIG, user_sources=len(tables.users))
+    spec = ModelSpec.of(data.features.spec, "din", 8, CONFIG, **tables.slots)
     model = CTRModel(spec, data.features.items).eval()
     split = SplitTensors(data.features.splits["test"].whole(), tables, "cpu")
     alone = torch.cat([model(split.batch(torch.tensor([row]))) for row in range(40)])
     torch.testing.assert_close(model(split.batch(torch.arange(40))), alone)
+
+
+def test_an_arm_that_covers_almost_no_row_is_refused_and_coverage_is_counted(data: TrainingData) -> None:
+    users, items = data.knowledge["knowledge"]["user"], data.knowledge["knowledge"]["item"]
+    later = dataclasses.replace(users, as_of=np.full(len(users), 10**15))
+    with pytest.raises(
+        RecipeError, match=r"ctr\.arms: arm 'knowledge' has vectors of users for 0\.00% of the training"
+    ):
+        train_one(
+            trial("knowledge"), TrainingData(data.features, {"knowledge": {"user": later, "item": items}}), CONFIG
+        )
+    half = KnowledgeTable(items.ids[::2], items.vectors[::2])
+    given = TrainingData(data.features, {"knowledge": {"user": users, "item": half}})
+    result = train_one(trial("knowledge"), given, CONFIG.model_copy(update={"epochs": 1})).result
+    assert result.coverage == {"user": 1.0, "item": 0.5}
+    rows = {name: metrics.rows for name, metrics in result.slices.items() if "text" in name}
+    assert rows == {"user has a text": 400, "item has a text": 200, "item has no text": 200}
+
+
+def test_item_knowledge_alone_ranks_new_items_by_the_history(toy_world: Any) -> None:
+    """A user likes the items of one of two topics. The history shows which, but no item of valid or test is trained."""
+    rng = np.random.default_rng(0)
+    n_users, past = len(toy_world.users), np.arange(10)
+    topic = np.concatenate([rng.permutation(np.arange(10) % 2) for _ in range(2)])
+    likes = rng.integers(0, 2, n_users)
+    user, item, split = (toy_world.samples[name].to_numpy() for name in ("user_id", "item_id", "split"))
+    histories = [past[topic[past] == likes[u]][:3].tolist() for u in user]
+    columns = {name: toy_world.samples[name] for name in toy_world.samples.column_names}
+    columns |= {
+        "label": pa.array(topic[item] == likes[user]),
+        "history": pa.array(histories),
+        "history_ratings": pa.array([[5.0] * len(h) for h in histories]),
+        "history_labels": pa.array([[1.0] * len(h) for h in histories]),
+    }
+    kept = (item >= 10) & ((split == "train") == (item < 15))
+    samples = pa.table(columns).filter(pa.array(kept)).cast(toy_world.samples.schema)
+    features = dataclasses.replace(toy_world, samples=samples).data.features
+    vectors = np.stack([2 * topic - 1, *rng.normal(scale=0.3, size=(4, 20))], axis=1)
+    data = TrainingData(features, {"images": {"item": KnowledgeTable(np.arange(20), vectors.astype(np.float16))}})
+    own = {"none": None, "images": OwnArm(items=("images",))}
+    results = {
+        arm: train_one(Trial(backbone="dcnv2", arm=arm, seed=0, own=read), data, CONFIG).result
+        for arm, read in own.items()
+    }
+    assert results["images"].test.auc > 0.95
+    assert results["none"].test.auc < 0.7
+    assert results["images"].coverage == {"item": 1.0}
 
 
 def _run_rank(rank: int, port: int, folder: Path) -> None:

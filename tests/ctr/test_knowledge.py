@@ -9,9 +9,19 @@ from hypothesis import strategies as st
 from worlds import write_vectors
 
 from owlrec.ctr import knowledge_tables
-from owlrec.ctr.knowledge_tables import KnowledgeTable, MappedTable, VectorTable, open_vectors
+from owlrec.ctr.knowledge_tables import (
+    SIMILARITIES,
+    Cosines,
+    Deciles,
+    KnowledgeTable,
+    MappedTable,
+    VectorTable,
+    open_vectors,
+    refuse_two_encoders,
+    similarity_features,
+)
 from owlrec.encoding.vectors import VectorShards
-from owlrec.errors import SchemaError, WorkspaceError
+from owlrec.errors import RecipeError, SchemaError, WorkspaceError
 from owlrec.ids import shard_of
 from owlrec.workspace import Workspace
 
@@ -109,3 +119,63 @@ def test_the_only_id_of_a_shard_has_nobody_to_change_with(workspace: Workspace) 
     mapped = open_vectors(on_disk(workspace, alone), (4, 300), held=False)
     assert mapped.gather(IDS[:1])[1].tolist() == [True]
     assert mapped.shuffled(0).gather(IDS[:1])[1].tolist() == [False]
+
+
+def test_controls_exchange_vectors_within_deciles_of_a_count_and_leave_no_id_its_own() -> None:
+    n = 500
+    table = KnowledgeTable(np.arange(n), np.arange(n, dtype=np.float16)[:, None])
+    counts = np.random.default_rng(0).zipf(1.5, n)
+    shuffled = table.shuffled(3, Deciles(table.ids, counts))
+    other = shuffled.gather(table.ids)[0][:, 0].astype(np.int64)
+    assert sorted(other) == list(range(n))
+    assert (other != table.ids).all()
+    strata = Deciles(table.ids, counts)(table.ids)
+    assert len(np.unique(strata)) > 3
+    same = strata == strata[other]
+    assert same.mean() > 0.99  # an id that is alone in its stratum exchanges with a neighbor
+    plain = table.shuffled(3).gather(table.ids)[0][:, 0].astype(np.int64)
+    assert (strata == strata[plain]).mean() < 0.7
+    np.testing.assert_array_equal(Deciles(np.zeros(0, np.int64), np.zeros(0, np.int64))(np.array([4])), [0])
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 1), (1, 2, 1), (2, 1, 1, 3), (5,), (1, 1, 1)])
+def test_an_id_alone_in_its_stratum_joins_its_neighbors(sizes: tuple[int, ...]) -> None:
+    strata = np.repeat(np.arange(len(sizes)), sizes)
+    ends = knowledge_tables._cycle_ends(strata)
+    assert ends[-1] == len(strata)
+    assert np.diff(ends, prepend=0).min() >= min(2, len(strata))
+
+
+def test_similarities_by_hand() -> None:
+    cosines = np.array([[0.5, 0.1, 0.9, -1.0], [0.3, 0.2, 0.1, 0.0]], dtype=np.float32)
+    known = np.array([[True, True, True, True], [False, False, False, False]])
+    liked = np.array([[True, True, False, False], [True, True, True, True]])
+    first, second = similarity_features(cosines, known, liked)
+    # .5 is a center; .1 is .4 of the way from 0 to .25. Each has half of the mass of the liked.
+    np.testing.assert_allclose(first[:6], [0.3, 0.5, 0.3, 0.2, 0.5, 0], atol=1e-6)
+    # .9 and -1 are beyond the last and the first center.
+    np.testing.assert_allclose(first[6:], [-0.05, 0.9, 0.5, 0, 0, 0.5], atol=1e-6)
+    assert not second.any()
+    assert first.shape == (SIMILARITIES,)
+
+
+def test_cosines_of_small_tables_are_those_of_large_ones(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    table = KnowledgeTable(np.arange(30), rng.normal(size=(30, 6)).astype(np.float16))
+    rows, others = rng.integers(30, size=8), rng.integers(-1, 30, size=(8, 5))
+    small = Cosines(table).of(rows, others)
+    unit = table.vectors.astype(float) / np.linalg.norm(table.vectors.astype(float), axis=1, keepdims=True)
+    by_hand = np.einsum("bd,bld->bl", unit[rows], unit[others])
+    np.testing.assert_allclose(small[others >= 0], by_hand[others >= 0], atol=1e-6)
+    monkeypatch.setattr(knowledge_tables, "_COSINE_ROWS", 5)
+    monkeypatch.setattr(knowledge_tables, "_COSINE_VALUES", 60)  # two rows at once
+    np.testing.assert_allclose(Cosines(table).of(rows, others)[others >= 0], small[others >= 0], atol=1e-6)
+
+
+def test_vectors_of_several_encoders_in_one_arm_are_refused() -> None:
+    tables = {"a": replace(TABLE, encoder="minilm@256"), "b": replace(TABLE, encoder="minilm@256"), "c": TABLE}
+    refuse_two_encoders("mine", tables)
+    with pytest.raises(
+        RecipeError, match=r"ctr\.arms: arm 'mine' .* several encoders \(a from minilm@256, .*b from clip"
+    ):
+        refuse_two_encoders("mine", {**tables, "b": replace(TABLE, encoder="clip")})

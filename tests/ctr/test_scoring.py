@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.batches import SplitBatches
 from owlrec.ctr.experiment import Arm, CTRConfig, Trial, grid_folder
 from owlrec.ctr.features import Split
-from owlrec.ctr.knowledge_tables import KnowledgeTable
+from owlrec.ctr.knowledge_tables import KnowledgeTable, OwnArm
 from owlrec.ctr.trainer import Trained, TrainingData, export_trial, score, train_one, write_vocabularies
 from owlrec.errors import SchemaError, WorkspaceError
 from owlrec.ids import BEHAVIOR
@@ -39,6 +40,10 @@ from owlrec.workspace import Workspace
 torch.set_num_threads(1)
 CONFIG = CTRConfig(batch_size=256, epochs=1, embed_dim=8, hidden_dims=(16, 8))
 GRID = "0123456789abcdef" * 4
+OWN = {
+    "items_only": OwnArm(items=("knowledge", "collective")),
+    "users_only": OwnArm(users=("knowledge",)),
+}
 NOBODY, NOTHING = 10**12, 10**13  # ids that no table has
 
 
@@ -95,7 +100,7 @@ def export(workspace: Workspace, world: Any, backbone: str, arm: Arm) -> Exporte
     # Some ids have no knowledge: the first tenth of users and the odd items.
     tables = {"user": KnowledgeTable(users.ids[15:], users.vectors[15:], users.as_of[15:]), "item": every_other(items)}
     data = TrainingData(world.data.features, {**world.data.knowledge, "knowledge": tables})
-    trial = Trial(backbone=backbone, arm=arm, seed=0)
+    trial = Trial(backbone=backbone, arm=arm, seed=0, own=OWN.get(arm))
     trained = train_one(trial, data, CONFIG)
     export_trial(workspace, GRID, trained)
     write_vocabularies(workspace, grid_folder(GRID), data.features.vocabularies)
@@ -123,8 +128,10 @@ def requests(world: Any, n: int) -> list[tuple[User, int]]:
     return [(User.from_sample(r), r["item_id"]) for r in test.to_pylist()]
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("arm", ["knowledge"])
+@pytest.mark.parametrize(
+    ("backbone", "arm"),
+    [*product(BACKBONES, ("none", "knowledge")), ("din", "items_only"), ("dcnv2", "users_only")],
+)
 def test_both_paths_score_as_the_trainer_did(workspace: Workspace, toy_world: Any, backbone: str, arm: Arm) -> None:
     made = export(workspace, toy_world, backbone, arm)
     by_model, by_program = (made.scorer(program=p) for p in (False, True))
@@ -186,7 +193,7 @@ def test_an_id_without_knowledge_gets_the_learned_default(exported: Exported, to
     adaptor = exported.trained.model.adaptor
     assert adaptor is not None
     with torch.no_grad():
-        for kind, tower, known in (("user", adaptor.user, 20), ("item", adaptor.item, 4)):
+        for kind, tower, known in (("user", adaptor.user[0], 20), ("item", adaptor.item[0], 4)):
             index = ("user", "item").index(kind)
             vector = torch.from_numpy(toy_world.vectors[index].gather(np.array([known]))[0]).float()[:, None]
             known_fields = tower(vector, torch.ones(1, 1, dtype=torch.bool), adaptor.shared)

@@ -17,6 +17,12 @@ def test_cold_users_and_items_by_hand() -> None:
     assert slices["warm users"].tolist() == [False, True, False, True, True]
 
 
+def test_popular_items_are_those_of_at_least_a_fifth_of_the_warm_rows() -> None:
+    slices = slices_of(np.array([2, 3, 4, 5, 6, 6, 0]), np.full(7, 9), np.array([0, 0, 50, 8, 7, 6, 5]))
+    assert slices["popular items"].tolist() == [True, True, *[False] * 5]
+    assert slices["other warm items"].tolist() == [False, False, *[True] * 4, False]
+
+
 def test_history_buckets_part_the_rows_and_empty_ones_are_left_out() -> None:
     slices = slices_of(np.array([3] * 6), np.array([0, 1, 2, 3, 5, 12]), COUNTS)
     buckets = {name: rows.nonzero()[0].tolist() for name, rows in slices.items() if name.startswith("history")}

@@ -7,11 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from owlrec.encoding.vectors import VectorShards
-from owlrec.errors import SourceError
+from owlrec.ctr.dataset import open_tables
+from owlrec.encoding.vectors import HashingEncoder, VectorShards
+from owlrec.errors import RecipeError, SourceError
 from owlrec.ids import TABLE_KINDS, TABLES, shard_of
 from owlrec.recipe import Recipe
 from owlrec.runs.exchange import import_vectors
+from owlrec.runs.models import others_read, written_vectors
 from owlrec.runs.stages import encode as run
 from owlrec.schema import KNOWLEDGE
 from owlrec.shards import finish_stage, finished_stage
@@ -104,3 +106,30 @@ def test_imported_vectors_are_preferred_and_of_the_encoders_dimension(generated:
     import_vectors(generated, "item", str(tmp_path / "v.npy"), str(tmp_path / "ids.txt"))
     with pytest.raises(SourceError, match="vectors of 8 components, but the recipe's encoder has 256"):
         run(recipe_for(generated), generated)
+
+
+def test_own_arms_have_their_columns_encoded_and_read_imported_vectors_where_they_are(
+    generated: Workspace, tmp_path: Path
+) -> None:
+    own = {"mine": {"items": ["title"]}}, {"pictures": {"items": ["images"]}}
+    recipe = recipe_for(generated, ctr={"arms": ["none", *own]})
+    with pytest.raises(RecipeError, match=r"there is no source 'images' of items: .*--source images"):
+        run(recipe, generated)
+    (tmp_path / "ids.txt").write_text("100\n101\n102\n")
+    np.save(tmp_path / "v.npy", np.eye(8, dtype=np.float32)[:3])  # of another size than the encoder's
+    import_vectors(generated, "item", str(tmp_path / "v.npy"), str(tmp_path / "ids.txt"), source="images")
+    card = run(recipe, generated)
+    assert "metadata-user" not in generated.names(card.outputs["vectors"])
+    titles = generated.read_table("items").to_pylist()[4]
+    encoded, _ = VectorShards(generated, card.outputs["vectors"], "title-item").gather(np.array([titles["item_id"]]))
+    expected = HashingEncoder().encode([titles["title"]]).astype(np.float16)
+    np.testing.assert_array_equal(encoded, expected)
+    folders = written_vectors(recipe, generated, card)
+    images = open_tables(generated, {"images": folders["images"]})["images"]["item"]
+    assert folders["images"].keys() == {"item"}
+    assert (images.dim, images.encoder) == (8, "imported as images")
+    np.testing.assert_array_equal(images.gather(np.array([102, 103]))[1], [True, False])
+    before = others_read(recipe, generated)
+    np.save(tmp_path / "v.npy", 2 * np.eye(8, dtype=np.float32)[:3])
+    import_vectors(generated, "item", str(tmp_path / "v.npy"), str(tmp_path / "ids.txt"), source="images")
+    assert others_read(recipe, generated) != before

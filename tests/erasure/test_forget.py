@@ -72,7 +72,7 @@ def train(recipe: Recipe, workspace: Workspace) -> None:
     """What `train_ctr` leaves, trained in this process."""
     grid, encoded = "c" * 64, needed_stage(workspace, "encode", "").outputs["vectors"]
     folders = vector_folders(workspace, encoded)
-    read = reduce_once(workspace, folders, recipe.ctr.knowledge_dim, grid)
+    read = reduce_once(workspace, folders, recipe.ctr.knowledge_variance, grid)
     spec = GridSpec(
         settings=recipe.ctr,
         trials=trials(recipe.ctr),

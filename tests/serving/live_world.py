@@ -11,9 +11,9 @@ from worlds import write_world  # type: ignore[import-not-found]
 
 from owlrec.ctr.artifact import ModelCard, finish_artifact, read_by, write_artifact
 from owlrec.ctr.batches import SplitTensors
-from owlrec.ctr.dataset import encode_tables, open_features, open_tables, reduce_once, reduced_folders
+from owlrec.ctr.dataset import center_name, encode_tables, open_features, open_tables, reduce_once, reduced_folders
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
-from owlrec.ctr.features import Histories, SampleFeatures
+from owlrec.ctr.features import UNKNOWN, VALUES_PER_ATTRIBUTE, Histories, SampleFeatures, item_rows
 from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable, arm_parts
 from owlrec.ctr.trainer import Trained, TrainingData, export_trial, tables_of, train_one
 from owlrec.encoding.compression import Projection, Quantizer, SemanticIdConfig, code_vectors, train_quantizer
@@ -28,7 +28,13 @@ USERS, ITEMS, DIM, LENGTH = 40, 20, 8, 3
 ENTITY_COUNTS = {"user": USERS, "item": ITEMS}
 ENCODER = "toy@256"
 CONFIG = CTRConfig(
-    batch_size=64, epochs=2, embed_dim=4, hidden_dims=(8, 4), knowledge_dim=4, learning_rate=0.01, min_item_count=1
+    batch_size=64,
+    epochs=2,
+    embed_dim=4,
+    hidden_dims=(32, 16),
+    knowledge_variance=0.8,
+    learning_rate=0.01,
+    min_item_count=1,
 )
 IDS = SemanticIdConfig(levels=2, codes_per_level=4)
 Behavior = tuple[int, int, float | None, float]  # time, item, rating, label
@@ -124,11 +130,19 @@ class LiveWorld:
 
         contents: all that the release answers with.
         """
-        arm = self.trained.result.arm
-        tables = tables_of(self.trained.result.trial, self._knowledge(contents)) if arm != "none" else None
+        # Items that came later have the code of unknown items, but vectors of their own, in histories too.
+        features, model = self.data.features, self.trained.model
+        history = np.array([row[1] for row in contents.behaviors.get(user, [])], dtype=np.int64)
+        new = np.setdiff1d(history, features.items.ids)
+        item_ids = np.concatenate([features.items.ids, new])
+        codes = np.concatenate([features.items.codes.astype(np.int64), np.full(len(new), UNKNOWN)])
+        model.item_codes = torch.from_numpy(codes)
+        model.item_attributes = torch.zeros(len(codes), 0, VALUES_PER_ATTRIBUTE, dtype=torch.int64)
+        trial, knowledge = self.trained.result.trial, self._knowledge(contents)
+        tables = tables_of(trial, knowledge, item_ids) if trial.arm != "none" else None
         rows = contents.behaviors.get(user, [])
-        n, features = len(candidates), self.data.features
-        items = features.items.rows(np.array([row[1] for row in rows], dtype=np.int64))
+        n = len(candidates)
+        items = item_rows(item_ids, history)
         ratings = np.array([row[2] for row in rows], dtype=float)
         outcomes = features.vocabularies.grades.tokens(ratings, np.array([row[3] for row in rows], dtype=float))
         histories = Histories(
@@ -152,13 +166,14 @@ class LiveWorld:
     def _knowledge(self, contents: Contents) -> dict[str, dict[str, KnowledgeTable]]:
         """What `encode` and `reduction` would have written of these contents."""
         workspace, grid = self.workspace, self.trained_grid
-        projection = Projection.load(workspace, f"{grid_folder(grid)}/vectors", grid)
+        projection = Projection.load(workspace, f"{grid_folder(grid)}/vectors/{DIM}", grid)
         tables: dict[str, dict[str, KnowledgeTable]] = {}
         for kind in ENTITY_COUNTS:
             for name, rows in sources_of(contents, kind).items():
                 ids, as_of = np.array(sorted(rows), dtype=np.int64).T
                 vectors = np.stack([rows[key] for key in sorted(rows)])
-                table = KnowledgeTable(ids, projection.apply(vectors).astype(np.float16), as_of)
+                reduced = projection.of(center_name(f"{name}-{kind}")).apply(vectors)
+                table = KnowledgeTable(ids, reduced.astype(np.float16), as_of)
                 if name == "knowledge" and kind in self.quantizers:
                     quantizer = self.quantizers[kind]
                     codes = code_vectors(quantizer, ids, vectors)[:, :-1]
@@ -220,7 +235,7 @@ def write_live_world(workspace: Workspace, arm: Arm = "knowledge", backbone: str
             vectors = np.stack([vectors_by_key[key] for key in sorted(vectors_by_key)])
             digests, codes = np.zeros((len(known), 16), np.uint8), np.zeros((len(known), 0), np.uint16)
             shard = VectorShard(kind, known, as_of, vectors, digests, codes, encoder=ENCODER)
-            if name == "knowledge" and arm_parts(arm)[1] != "vectors":
+            if name == "knowledge" and arm_parts(arm).form != "vectors":
                 quantizers[kind] = train_quantizer(vectors.astype(np.float32), IDS)
                 quantizers[kind].save(workspace, quantizer_folder("vectors/v", f"{name}-{kind}"))
                 coded = code_vectors(quantizers[kind], known, vectors)
@@ -229,12 +244,12 @@ def write_live_world(workspace: Workspace, arm: Arm = "knowledge", backbone: str
             workspace.write_arrow(f"vectors/v/{name}-{kind}/{shard_file(0, '.arrow')}", table, table.schema)
             sources.setdefault(name, {})[kind] = "vectors/v"
     encode_tables(workspace, grid_folder(grid), features={"items": (), "users": ()}, min_item_count=1)
-    folders = reduce_once(workspace, sources, CONFIG.knowledge_dim, grid)
+    folders = reduce_once(workspace, sources, CONFIG.knowledge_variance, grid)
     data = TrainingData(open_features(workspace, grid_folder(grid)), open_tables(workspace, folders))
     trial = Trial(backbone=backbone, arm=arm, seed=0)
     trained = train_one(trial, data, CONFIG)
     export_trial(workspace, grid, trained)
-    projection = f"{grid_folder(grid)}/vectors" if arm != "none" else None
+    projection = f"{grid_folder(grid)}/vectors/{DIM}" if arm != "none" else None
     folder = write_artifact(workspace, grid, trial, data.features.items, projection=projection)
     figures = {"valid": trained.result.valid, "test": trained.result.test}
     reads = read_by(workspace, trial, reduced_folders(workspace, sources, grid))

@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from itertools import pairwise
 from time import time as now
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from owlrec.cohorts.clustering import unit
 from owlrec.ctr.batches import Tables
 from owlrec.ctr.experiment import Metrics, Trial, grid_folder, read_grid_scores
 from owlrec.ctr.features import (
+    PADDING,
     RESERVED,
     TIMES,
     UNKNOWN,
@@ -31,11 +33,19 @@ from owlrec.ctr.features import (
     encode_fields,
     field_codes,
     field_numbers,
+    liked,
 )
-from owlrec.ctr.knowledge_tables import DISLIKED, OLDER_PARTITIONS, Form, arm_parts, arm_sources
-from owlrec.ctr.model import Batch, CTRModel, TrainedTower
+from owlrec.ctr.knowledge_tables import (
+    DISLIKED,
+    OLDER_PARTITIONS,
+    Form,
+    arm_parts,
+    arm_sources,
+    similarity_features,
+)
+from owlrec.ctr.model import Batch, CTRModel, Tower, TrainedTowers
 from owlrec.ctr.trainer import VOCABULARIES, load_trial, read_items, read_vocabularies, write_items
-from owlrec.encoding.compression import Projection
+from owlrec.encoding.compression import Projection, unit_rows
 from owlrec.encoding.vectors import VectorShards
 from owlrec.errors import ReleaseError, SchemaError, WorkspaceError
 from owlrec.ids import BEHAVIOR, EVENTS, rows_of, shard_of
@@ -206,7 +216,7 @@ class Profiles:
 MODELS = "models"
 PROGRAM = "program.pt2"
 # The sources whose vectors a release has. Metadata and shuffled knowledge are controls.
-RELEASED = ("none", "knowledge", "collective", "both", "streaming")
+RELEASED = ("knowledge", *OLDER_PARTITIONS, "collective", DISLIKED)
 
 
 def artifact_folder(grid: str, trial: Trial) -> str:
@@ -219,18 +229,20 @@ def read_by(workspace: Workspace, trial: Trial, folders: Mapping[str, Mapping[st
 
     folders: source -> kind -> folder of the vectors that the trial read.
     """
-    sources, (_, form) = arm_sources(trial.arm, folders), arm_parts(trial.arm)
-    if not sources.user:
+    sources, form = arm_sources(trial.arm, folders, trial.own), arm_parts(trial.arm).form
+    if not sources.user and not sources.item:
         return None
     codebooks = {}
     shards = {
-        kind: VectorShards(workspace, folders[sources.user[0]][kind], f"{sources.user[0]}-{kind}")
-        for kind in ("user", "item")
+        kind: VectorShards(workspace, folders[read[0]][kind], f"{read[0]}-{kind}")
+        for kind, read in (("user", sources.user), ("item", sources.item))
+        if read
     }
     for kind, kind_shards in shards.items() if form != "vectors" else ():
         quantizer = kind_shards.quantizer()
         codebooks[kind] = quantizer.fingerprint if quantizer else ""
-    first = next((s for n in shards["item"].numbers if (s := shards["item"].shard(n)) is not None), None)
+    encoded = list(shards.values())[-1]
+    first = next((s for n in encoded.numbers if (s := encoded.shard(n)) is not None), None)
     return Reads(user=sources.user, item=sources.item, encoder=first.encoder if first else "", codebooks=codebooks)
 
 
@@ -318,7 +330,8 @@ class _Request(nn.Module):
     def __init__(self, model: CTRModel) -> None:
         super().__init__()
         self.model = copy.copy(model)
-        self.model._modules = {**model._modules, "adaptor": None, "code_fields": None}  # their output is an input
+        # Their output is an input.
+        self.model._modules = {**model._modules, "adaptor": None, "user_prefixes": None}
 
     def forward(self, tensors: dict[str, Tensor]) -> Tensor:
         given: dict[str, Any] = {**tensors}
@@ -382,15 +395,19 @@ class ReleaseKnowledge:
     reads: Reads
     form: Form
     projection: Projection | None  # that reduced the vectors
-    levels: int  # of the semantic ids
+    levels: Mapping[str, int]  # of the semantic ids, by kind
 
     def gather(self, kind: str, ids: np.ndarray) -> GatheredKnowledge:
         """See KnowledgeSource. Uses only an id's own knowledge, as in training: cohorts do not replace it, except
         as a separate source.
         """
         n, sources = len(ids), self.reads.sources(kind)
+        if not sources:
+            return GatheredKnowledge(
+                np.zeros((n, 0, 0), np.float32), np.zeros((n, 0), bool), np.zeros((n, 0), np.int64)
+            )
         vectors, mask = np.zeros((n, len(sources), 0), np.float32), np.zeros((n, len(sources)), bool)
-        codes = np.zeros((n, self.levels), dtype=np.int64)
+        codes = np.zeros((n, self.levels[kind]), dtype=np.int64)
         if self.form != "codes":
             vectors, mask = self._vectors(kind, ids, sources)
         if self.form != "vectors":
@@ -416,9 +433,10 @@ class ReleaseKnowledge:
         vectors, mask = np.stack(gathered, axis=1), np.stack(masks, axis=1)
         if self.projection is None:
             return vectors, mask
+        names = ("knowledge" if source in OLDER_PARTITIONS else source for source in sources)
+        reduced = [self.projection.of(f"{n}-{kind}").apply(vectors[:, i]) for i, n in enumerate(names)]
         # Training read them in half precision.
-        reduced = self.projection.apply(vectors.reshape(-1, vectors.shape[2])).astype(np.float16).astype(np.float32)
-        return reduced.reshape(*mask.shape, -1), mask
+        return np.stack(reduced, axis=1).astype(np.float16).astype(np.float32), mask
 
     def _member_means(self, kind: str, ids: np.ndarray, facet: int) -> tuple[np.ndarray, np.ndarray]:
         """Means of cohorts' vectors, as in `encode`, and a mask. facet: 1 for dislikes."""
@@ -443,6 +461,8 @@ class TableKnowledge:
         tables = self.tables.users if kind == "user" else self.tables.items
         vectors, mask = np.zeros((len(ids), len(tables), 0), np.float32), np.zeros((len(ids), len(tables)), bool)
         codes = np.zeros((len(ids), 0), dtype=np.int64)
+        if not tables:
+            return GatheredKnowledge(vectors, mask, codes)
         before = None if self.before is None else np.full(len(ids), self.before)
         if self.tables.form != "codes":
             pairs = [table.gather(ids, before) for table in tables]
@@ -509,7 +529,10 @@ class FieldCache:
 
 
 class LiveState:
-    """Current inputs of a model for users and items. Threads may share it."""
+    """Current inputs of a model for users and items. Threads may share it.
+
+    Per id it holds the adaptor's fields and, of items, the unit vectors for similarities and the semantic id.
+    """
 
     def __init__(
         self,
@@ -522,12 +545,27 @@ class LiveState:
         held: by kind, fields that are known to be the same in this state.
         """
         self.model, self._knowledge, self._store = model, knowledge, store
-        width = max(1, model.spec.knowledge_fields // 2 * model.spec.embed_dim)
-        self.held = {kind: (held or {}).get(kind) or FieldCache(width) for kind in ("user", "item")}
+        spec = model.spec
+        n_sources = spec.item_vector_fields
+        self._widths = {
+            "user": [spec.user_fields * spec.embed_dim],
+            "item": [
+                n_sources * spec.embed_dim,
+                n_sources * spec.knowledge_dim,
+                n_sources,
+                len(spec.item_codes),
+            ],
+        }
+        self.held = {kind: (held or {}).get(kind) or FieldCache(max(1, sum(w))) for kind, w in self._widths.items()}
         adaptor = model.adaptor
         towers = {"user": adaptor.user, "item": adaptor.item} if adaptor else {}
-        self._towers = {kind: TrainedTower(tower, adaptor.shared) for kind, tower in towers.items() if adaptor}
-        self._nobody = None if knowledge is None else self._made("user", np.array([_NO_ID]))
+        self._towers = {
+            kind: TrainedTowers(cast(Sequence[Tower], side), adaptor.shared)
+            for kind, side in towers.items()
+            if adaptor and len(side)
+        }
+        width = self._widths["user"][0]
+        self._nobody = None if knowledge is None else self._made("user", np.array([_NO_ID]))[:, :width]
 
     def behaviors(self, user_id: int) -> np.ndarray | None:
         """A user's latest behaviors, oldest first: ids.BEHAVIOR [k]; None if unknown."""
@@ -538,30 +576,66 @@ class LiveState:
 
         ids: int64 [n]. Only for a model that reads knowledge.
         """
-        return self.held[kind].gather(ids, lambda missing: self._made(kind, missing))
+        return self._parts(kind, ids)[0]
 
-    def adaptor_fields(self, user_id: int | None, items: np.ndarray) -> torch.Tensor | None:
-        """Batch.adaptor_fields of one user's candidates; None if the model reads no knowledge. items: int64 [n]."""
+    def inputs(self, user_id: int | None, items: np.ndarray, past: np.ndarray, tokens: np.ndarray) -> dict[str, Tensor]:
+        """The fields of a Batch that hold the knowledge of one user's candidates; none for a model that reads none.
+
+        items: int64 [n]; past: int64 [L], items of the user's history, -1 for padding; tokens: int [L], their outcomes.
+        """
         if self._nobody is None:
-            return None
+            return {}
+        spec, there = self.model.spec, past >= 0
         user = self._nobody if user_id is None else self.fields("user", np.array([user_id]))
-        fields = self.fields("item", items)
-        both = np.concatenate([np.broadcast_to(user, fields.shape), fields], axis=1)
-        return torch.from_numpy(both).unflatten(1, (self.model.spec.knowledge_fields, -1))
+        fields, vectors, mask, codes = self._parts("item", np.concatenate([items, past[there]]))
+        n = len(items)
+        both = np.concatenate([np.broadcast_to(user, (n, user.shape[1])), fields[:n]], axis=1)
+        tensors: dict[str, Tensor] = {}
+        if both.shape[1]:
+            tensors["adaptor_fields"] = torch.from_numpy(both).unflatten(1, (-1, spec.embed_dim))
+        if spec.item_vector_fields:
+            cosines, known = np.zeros((2, n, len(past), len(spec.item_slots)), dtype=np.float32)
+            unit = vectors.reshape(len(vectors), len(spec.item_slots), -1)
+            cosines[:, there] = np.einsum("nsd,lsd->nls", unit[:n], unit[n:], optimize=True)
+            has = mask > 0
+            known[:, there] = has[:n, None] & has[None, n:]
+            group = np.broadcast_to(liked(tokens), (n, len(past)))
+            each = [
+                similarity_features(cosines[..., slot], known[..., slot] > 0, group)
+                for slot in range(len(spec.item_slots))
+            ]
+            tensors["similarities"] = torch.from_numpy(np.concatenate(each, axis=1))
+        if spec.item_codes:
+            history = np.zeros((1, len(past), len(spec.item_codes)), dtype=np.int64)
+            history[0, there] = codes[n:]
+            tensors["item_codes"] = torch.from_numpy(codes[:n].astype(np.int64))
+            tensors["history_codes"] = torch.from_numpy(history)
+        return tensors
+
+    def _parts(self, kind: str, ids: np.ndarray) -> list[np.ndarray]:
+        """float32 [n, w] each. Of users: fields of the adaptor, then prefixes. Of items: fields of the adaptor, unit
+        vectors, whether there is one, and semantic ids.
+        """
+        held = self.held[kind].gather(ids, lambda missing: self._made(kind, missing))
+        return [held[:, a:b] for a, b in pairwise(np.cumsum([0, *self._widths[kind]]))]
 
     def _made(self, kind: str, ids: np.ndarray) -> np.ndarray:
         assert self._knowledge is not None
         known = self._knowledge.gather(kind, ids)
+        made: list[np.ndarray] = [np.zeros((len(ids), 0), dtype=np.float32)]
         with torch.inference_mode():
-            forms: list[torch.Tensor] = []
-            if self._towers:
-                vectors = torch.from_numpy(np.asarray(known.vectors, dtype=np.float32))
-                forms.append(self._towers[kind](vectors, torch.from_numpy(known.mask)))
-            if self.model.code_fields is not None:
-                codes = self.model.code_fields.user if kind == "user" else self.model.code_fields.item
-                forms.append(codes(torch.from_numpy(known.codes)))
-            made: np.ndarray = torch.cat(forms, dim=1).numpy()
-        return made
+            vectors = torch.from_numpy(np.asarray(known.vectors, dtype=np.float32))
+            if kind in self._towers:
+                made.append(self._towers[kind](vectors, torch.from_numpy(known.mask)).numpy())
+            if kind == "user" and self.model.user_prefixes is not None:
+                made.append(self.model.user_prefixes(torch.from_numpy(known.codes)).flatten(1).numpy())
+        if kind == "item" and self._widths["item"][1]:
+            unit = unit_rows(known.vectors.reshape(-1, known.vectors.shape[2])) * known.mask.reshape(-1, 1)
+            made += [unit.reshape(len(ids), -1), known.mask.astype(np.float32)]
+        if kind == "item" and self._widths["item"][3]:
+            made.append(known.codes.astype(np.float32))
+        held = np.concatenate(made, axis=1)
+        return held if held.shape[1] else np.zeros((len(ids), 1), dtype=np.float32)
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring
@@ -759,31 +833,35 @@ class CtrScorer:
         asking = user if isinstance(user, User) else User(int(user))
         ids = np.asarray(candidates, dtype=np.int64)
         codes, numbers = self._row.encode(asking, self.profiles)
-        arrays = (self.items.rows(ids), *self._history(asking, live), codes)
-        items, history, ratings, events, fields = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
+        past, tokens, events = self._history(asking, live)
+        history = np.where(past < 0, PADDING, self.items.rows(past))
+        arrays = (self.items.rows(ids), history[None], tokens[None], events[None], codes)
+        items, rows, ratings, of_events, fields = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
+        given: dict[str, Any] = {**live.inputs(asking.user_id, ids, past, tokens)}
         return Batch(
             items,
-            history,
+            rows,
             ratings,
             fields,
             torch.from_numpy(numbers),
-            events=events if self._fields.events else None,
-            adaptor_fields=live.adaptor_fields(asking.user_id, ids),
+            events=of_events if self._fields.events else None,
+            **given,
         )
 
     def _history(self, user: User, live: LiveState) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Items, outcomes and events as training encodes them, int [1, history_length] each."""
+        """Item ids, -1 for padding, outcomes and events as training encodes them: int64 [history_length] each."""
         behaviors: np.ndarray | None
         if user.history is not None:
             behaviors = user.behaviors()
         else:
             behaviors = None if user.user_id is None else live.behaviors(user.user_id)
-        items, outcomes, events = (np.zeros((1, self._length), dtype=np.int64) for _ in range(3))
+        items, outcomes = np.full(self._length, _NO_ID, dtype=np.int64), np.zeros(self._length, dtype=np.int64)
+        events = np.zeros(self._length, dtype=np.int64)
         if behaviors is not None and len(behaviors):
             last = behaviors[-self._length :]
-            items[0, : len(last)] = self.items.rows(last["item"])
-            outcomes[0, : len(last)] = self.vocabularies.grades.tokens(last["rating"].astype(float), last["label"])
-            events[0, : len(last)] = last["event"]
+            items[: len(last)] = last["item"]
+            outcomes[: len(last)] = self.vocabularies.grades.tokens(last["rating"].astype(float), last["label"])
+            events[: len(last)] = last["event"]
         return items, outcomes, events
 
 
@@ -819,7 +897,7 @@ class CtrArtifact:
                 f"the release's vectors have {dim} components, but the model was trained on {trained_on}. "
                 "Train and export again."
             )
-        levels = len(model.spec.user_codes)
+        levels = {"user": len(model.spec.user_codes), "item": len(model.spec.item_codes)}
         return LiveState(model, ReleaseKnowledge(store, reads, form, self.projection, levels), store, held)
 
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from owlrec.ctr.features import SampleFeatures, Segment, Split
-from owlrec.ctr.knowledge_tables import Form, VectorTable, refuse_non_finite
-from owlrec.ctr.model import Batch, BatchVectors, Codes, DistinctItems
+from owlrec.ctr.features import RESERVED, SampleFeatures, Segment, Split, liked
+from owlrec.ctr.knowledge_tables import Cosines, Form, Strata, VectorTable, refuse_non_finite, similarity_features
+from owlrec.ctr.model import Batch, BatchVectors, Codes, DistinctCodes, DistinctItems
 
 # ---------------------------------------------------------------------------------------------------------------- order
 # The order in which an epoch reads its rows is a function of seed and epoch, so training can resume at any position.
@@ -117,16 +118,32 @@ class Tables:
     users: tuple[VectorTable, ...]
     items: tuple[VectorTable, ...]
     form: Form = "vectors"
+    user_slots: tuple[int, ...] = ()  # tables of each source (`source_slots`); () = one each
+    item_ids: np.ndarray | None = None  # ItemFeatures.ids, to find the items of histories
 
     @property
     def dim(self) -> int:
         """Components of a vector; 0 if no vectors are read."""
-        return 0 if self.form == "codes" else self.users[0].dim
+        return 0 if self.form == "codes" else (*self.users, *self.items)[0].dim
 
-    def shuffled(self, seed: int) -> "Tables":
-        """Each table with its vectors and codes assigned to the wrong ids (KnowledgeTable.shuffled)."""
-        users, items = (tuple(t.shuffled(seed) for t in tables) for tables in (self.users, self.items))
-        return Tables(users, items, self.form)
+    @property
+    def slots(self) -> dict[str, tuple[int, ...]]:
+        """ModelSpec's user_slots and item_slots."""
+        users, items = self.user_slots or (1,) * len(self.users), (1,) * len(self.items)
+        return {"user_slots": users, "item_slots": items}
+
+    @cached_property
+    def cosines(self) -> tuple[Cosines, ...]:
+        """Of each source of items."""
+        return tuple(map(Cosines, self.items))
+
+    def shuffled(self, seed: int, users: Strata | None = None, items: Strata | None = None) -> "Tables":
+        """Each table with its vectors and codes assigned to the wrong ids (KnowledgeTable.shuffled), within strata."""
+        return replace(
+            self,
+            users=tuple(table.shuffled(seed, users) for table in self.users),
+            items=tuple(table.shuffled(seed, items) for table in self.items),
+        )
 
 
 class SplitTensors:
@@ -151,14 +168,49 @@ class SplitTensors:
             torch.from_numpy(samples.fields[at]),
             torch.from_numpy(samples.numbers[at]),
             events=None if events is None else torch.from_numpy(events),
-            distinct=DistinctItems.of(items, history),
         )
-        if self.tables is None:
-            return batch
+        tables = self.tables
+        if tables is None:
+            return replace(batch, distinct=DistinctItems.of(items, history))
         times = None if samples.times is None else samples.times[at]
-        user, user_codes = _known(self.tables.users, samples.user_ids[at], times, self.tables.form)
-        item, item_codes = _known(self.tables.items, samples.item_ids[at], times, self.tables.form)
-        return replace(batch, user=user, item=item, user_codes=user_codes, item_codes=item_codes)
+        user, user_codes = _known(tables.users, samples.user_ids[at], times, tables.form)
+        found, past = self._found(samples.item_ids[at], history, times)
+        item, similarities, codes = None, None, None
+        if tables.items and tables.form != "codes":
+            item = _vectors(tables.items, found, samples.item_ids[at])
+            group = liked(ratings)
+            each = [
+                similarity_features(cosines.of(rows, others), (rows >= 0)[:, None] & (others >= 0), group)
+                for cosines, rows, others in zip(tables.cosines, found, past, strict=True)
+            ]
+            similarities = torch.from_numpy(np.concatenate(each, axis=1))
+        if tables.items and tables.form != "vectors":
+            places, coded = pd.factorize(np.concatenate([found[0], past[0].reshape(-1)]))
+            codes = DistinctCodes(tables.items[0].codes_at(coded), places)
+        distinct = DistinctItems.of(items, history, codes)
+        return replace(batch, user=user, item=item, similarities=similarities, user_codes=user_codes, distinct=distinct)
+
+    def _found(
+        self, ids: np.ndarray, history: np.ndarray, times: np.ndarray | None
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Per source of items, rows of the targets' knowledge, int64 [b], and of the behaviors', int64 [b, L]; both as
+        known before the sample.
+        """
+        assert self.tables is not None
+        if not self.tables.items:
+            return [], []
+        if self.tables.item_ids is None:
+            raise ValueError("knowledge of items needs Tables.item_ids, the ids of ItemFeatures.")
+        there = history >= RESERVED
+        past_ids = self.tables.item_ids[history[there] - RESERVED]
+        past_times = None if times is None else np.broadcast_to(times[:, None], history.shape)[there]
+        found, past = [], []
+        for table in self.tables.items:
+            found.append(table.find(ids, times))
+            rows = np.full(history.shape, -1, dtype=np.int64)
+            rows[there] = table.find(past_ids, past_times)
+            past.append(rows)
+        return found, past
 
 
 @dataclass(frozen=True)
@@ -286,25 +338,31 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def _known(
     tables: Sequence[VectorTable], ids: np.ndarray, times: np.ndarray | None, form: Form
 ) -> tuple[BatchVectors | None, Codes | None]:
-    """Vectors and semantic ids of one side, as the form requires, each distinct row once.
+    """Vectors and semantic ids of users, as the form requires, each distinct row once; None without tables.
 
     times: int64 [b], ms; reads an id's newest knowledge that is strictly earlier, or the newest of all if None.
     """
-    read = tables if form != "codes" else tables[:1]
-    found_rows = [table.find(ids, times) for table in read]
+    if not tables:
+        return None, None
+    knowledge = None
+    if form != "codes":
+        knowledge = _vectors(tables, [table.find(ids, times) for table in tables], ids)
+    if form == "vectors":
+        return knowledge, None
+    places, rows = pd.factorize(tables[0].find(ids, times))
+    return knowledge, Codes(torch.from_numpy(tables[0].codes_at(rows)), torch.from_numpy(places.astype(np.int64)))
+
+
+def _vectors(tables: Sequence[VectorTable], found_rows: Sequence[np.ndarray], ids: np.ndarray) -> BatchVectors:
+    """Vectors of one side, each distinct combination of rows once. found_rows: int64 [b] per table, from `find`."""
     inverse, _ = pd.factorize(found_rows[0])  # by hashes: np.unique would sort
     for rows in found_rows[1:]:
         another, distinct = pd.factorize(rows)
         inverse, _ = pd.factorize(inverse.astype(np.int64) * max(1, len(distinct)) + another)
     first = np.zeros(inverse.max(initial=-1) + 1, dtype=np.int64)
     first[inverse[::-1]] = np.arange(len(ids))[::-1]  # first occurrence of each distinct combination
-    at, distinct_rows = torch.from_numpy(inverse.astype(np.int64)), [rows[first] for rows in found_rows]
-    knowledge, codes = None, None
-    if form != "codes":
-        vectors = np.stack([t.vectors_at(rows) for t, rows in zip(tables, distinct_rows, strict=True)], axis=1)
-        refuse_non_finite(vectors, ids[first])
-        mask = np.stack([rows >= 0 for rows in distinct_rows], axis=1)
-        knowledge = BatchVectors(torch.from_numpy(vectors), torch.from_numpy(mask), at)
-    if form != "vectors":
-        codes = Codes(torch.from_numpy(tables[0].codes_at(distinct_rows[0])), at)
-    return knowledge, codes
+    distinct_rows = [rows[first] for rows in found_rows]
+    vectors = np.stack([t.vectors_at(rows) for t, rows in zip(tables, distinct_rows, strict=True)], axis=1)
+    refuse_non_finite(vectors, ids[first])
+    mask = np.stack([rows >= 0 for rows in distinct_rows], axis=1)
+    return BatchVectors(*(torch.from_numpy(array) for array in (vectors, mask, inverse.astype(np.int64))))

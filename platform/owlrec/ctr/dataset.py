@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TypeVar, overload
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -46,10 +46,17 @@ from owlrec.ctr.features import (
     refuse_leak,
     shown_users,
 )
-from owlrec.ctr.knowledge_tables import KnowledgeTable, VectorTable, open_vectors, refuse_non_finite, refuse_two_sizes
+from owlrec.ctr.knowledge_tables import (
+    STREAMING,
+    KnowledgeTable,
+    VectorTable,
+    open_vectors,
+    refuse_non_finite,
+    refuse_two_sizes,
+)
 from owlrec.ctr.model import CTRModel, ModelSpec
 from owlrec.ctr.trainer import read_items, read_vocabularies, write_items, write_vocabularies
-from owlrec.encoding.compression import Projection, ProjectionSettings, fit_projection
+from owlrec.encoding.compression import Projection, fit_variance
 from owlrec.encoding.vectors import VectorShards, quantizer_folder
 from owlrec.errors import RecipeError, SchemaError
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
@@ -60,15 +67,14 @@ from owlrec.sources.splits import in_histories, sample_places
 from owlrec.workspace import Workspace, shard_file, table_file
 
 # ------------------------------------------------------------------------------------------------------------------ pca
-# Reduces knowledge vectors to their first principal components for training.
+# Reduces knowledge vectors to the first principal components that keep a stated share of their variance.
 #
-# The vectors of 10^8 users take 77 GB with MiniLM's 384 components and 13 GB with 64, and the adaptor's first layer
-# shrinks accordingly. One projection serves all sources and both sides, since the shared experts read users and items,
-# and the fusion adds up sources. It has no center, so the part common to all vectors stays, as do the lengths and
-# angles that the adaptor reads. It is fitted on a bounded sample, stored with the grid, and applied by shard.
+# The vectors of 10^8 users take 77 GB with MiniLM's 384 components. One projection serves all sources and both sides,
+# since the shared experts read users and items. It is centered: vectors of texts share a large common direction, which
+# makes all cosines alike until it is removed. It is fitted on a bounded sample, stored with the grid, and applied by
+# shard. Vectors of other sizes (imported ones) have a projection of their own.
 
 
-Name = TypeVar("Name")
 Folders = Mapping[str, Mapping[str, str]]  # source -> kind -> folder with the vectors <source>-<kind>
 
 _FIT_ROWS = 16_384  # per table: with 384 components the SVD then takes seconds
@@ -94,56 +100,66 @@ class ReduceVectors(Stage):
         shard = self._shards[work.shard.kind].shard(work.shard.number)
         assert shard is not None, f"{work.shard.name} was listed but no longer exists"
         refuse_non_finite(shard.vectors, shard.ids)
-        table = replace(shard, vectors=self._projection.apply(shard.vectors).astype(np.float16)).table()
+        projection = self._projection.of(center_name(work.shard.kind))
+        table = replace(shard, vectors=projection.apply(shard.vectors).astype(np.float16)).table()
         path = work.shard.file(".arrow")
         work.check()
         file = work.workspace.write_arrow(work.artifact.path(path), table, table.schema)
         return Result({path: file}, rows_in=len(table), rows_out=len(table))
 
 
+def center_name(table: str) -> str:
+    """Name of a table's center in a projection: partitions and a user's first text fill the same slots."""
+    return table.replace(STREAMING, "knowledge")
+
+
 def reduce_once(
     workspace: Workspace,
     folders: Folders,
-    components: int | None,
+    variance: float | None,
     fingerprint: str,
     pool: Pool | None = None,
     projection: Projection | None = None,
 ) -> Folders:
-    """Folders that a grid's trials read instead of `folders` (`reduced_folders`), written if missing:
-    vectors with at most `components`, of length 1, and the projection. With None, or vectors that are short enough,
-    returns `folders`. projection: applied instead of fitting one on these vectors.
+    """Folders that a grid's trials read instead of `folders` (`reduced_folders`), written if missing: vectors of
+    length 1 with the components that keep `variance`, and the projection. With None, returns `folders`. Vectors of
+    another size have another folder and projection. projection: applied to vectors of its size instead of fitting one.
 
-    Raises SchemaError if two tables differ in size, or for a vector that is not finite.
+    Raises SchemaError for a vector that is not finite.
     """
     kept = _kept(fingerprint)
-    shards = {
-        f"{source}-{kind}": VectorShards(workspace, folder, f"{source}-{kind}")
-        for source, kinds in folders.items()
-        for kind, folder in kinds.items()
-    }
-    if components is None or workspace.exists(kept, _DONE) or all(s.dim <= components for s in shards.values()):
+    if variance is None or not folders or workspace.exists(kept, _DONE):
         return reduced_folders(workspace, folders, fingerprint)
-    refuse_two_sizes({f"vectors {name}": open_vectors(name_shards, held=False) for name, name_shards in shards.items()})
-    fitted = projection or _fit([s.sample(_FIT_ROWS, seed=0)[1] for s in shards.values()], components)
-    fitted.save(workspace, kept, fingerprint)
-    stage = ReduceVectors(kept, fingerprint, {name: name_shards.folder for name, name_shards in shards.items()})
-    inputs = {
-        Shard(name, number): fingerprint for name, name_shards in shards.items() for number in name_shards.numbers
-    }
-    run_stage(workspace, stage, inputs, pool)
-    for name, name_shards in shards.items():
-        if quantizer := name_shards.quantizer():
-            quantizer.save(workspace, quantizer_folder(kept, name))
-    workspace.write_json(f"{kept}/{_DONE}", {"components": components})
-    return reduced_folders(workspace, folders, fingerprint)
+    by_size: dict[int, dict[str, VectorShards]] = {}
+    for source, kinds in folders.items():
+        for kind, folder in kinds.items():
+            shards = VectorShards(workspace, folder, f"{source}-{kind}")
+            by_size.setdefault(shards.dim, {})[shards.name] = shards
+    read: dict[str, dict[str, str]] = {}
+    for size, tables in by_size.items():
+        place = f"{kept}/{size}"
+        fitted = projection if projection is not None and len(projection.center) == size else None
+        fitted = fitted or _fit({name: s.sample(_FIT_ROWS, seed=0)[1] for name, s in tables.items()}, variance)
+        fitted.save(workspace, place, fingerprint)
+        stage = ReduceVectors(place, fingerprint, {name: shards.folder for name, shards in tables.items()})
+        inputs = {Shard(name, number): fingerprint for name, shards in tables.items() for number in shards.numbers}
+        run_stage(workspace, stage, inputs, pool)
+        for name, shards in tables.items():
+            if quantizer := shards.quantizer():
+                quantizer.save(workspace, quantizer_folder(place, name))
+            source, _, kind = name.rpartition("-")
+            read.setdefault(source, {})[kind] = place
+    workspace.write_json(f"{kept}/{_DONE}", {"variance": variance, "folders": read})
+    return read
 
 
 def reduced_folders(workspace: Workspace, folders: Folders, fingerprint: str) -> Folders:
-    """Folders of the vectors that a grid's trials read: the grid's own folder if they were reduced."""
+    """Folders of the vectors that a grid's trials read: the grid's own if they were reduced."""
     kept = _kept(fingerprint)
     if not workspace.exists(kept, _DONE):
         return folders
-    return {source: dict.fromkeys(kinds, kept) for source, kinds in folders.items()}
+    read: dict[str, dict[str, str]] = workspace.read_json(f"{kept}/{_DONE}")["folders"]
+    return read
 
 
 def open_tables(workspace: Workspace, folders: Folders, *, held: bool = True) -> dict[str, dict[str, VectorTable]]:
@@ -163,22 +179,25 @@ def open_tables(workspace: Workspace, folders: Folders, *, held: bool = True) ->
     }
 
 
-def reduced(tables: Mapping[Name, KnowledgeTable], components: int | None) -> dict[Name, KnowledgeTable]:
+def reduced(tables: Mapping[str, KnowledgeTable], variance: float | None) -> dict[str, KnowledgeTable]:
     """Tables in memory, reduced like those on disk by `reduce_once`."""
-    if components is None or all(table.dim <= components for table in tables.values()):
+    if variance is None:
         return dict(tables)
     refuse_two_sizes({f"vectors {name}": table for name, table in tables.items()})
-    projection = _fit([t.vectors[:: -(-max(1, len(t)) // _FIT_ROWS)] for t in tables.values()], components)
-    smaller = {}
-    for name, table in tables.items():
+    for table in tables.values():
         refuse_non_finite(table.vectors, table.ids)
-        smaller[name] = replace(table, vectors=projection.apply(table.vectors).astype(np.float16))
-    return smaller
+    samples = {name: table.vectors[:: -(-max(1, len(table)) // _FIT_ROWS)] for name, table in tables.items()}
+    projection = _fit(samples, variance)
+    smaller = {name: projection.of(center_name(name)).apply(table.vectors) for name, table in tables.items()}
+    return {name: replace(table, vectors=smaller[name].astype(np.float16)) for name, table in tables.items()}
 
 
-def _fit(samples: Sequence[np.ndarray], components: int) -> Projection:
-    sample = np.concatenate(samples)
-    return fit_projection(sample, ProjectionSettings(components=components, fit_items=len(sample)), centered=False)
+def _fit(samples: Mapping[str, np.ndarray], variance: float) -> Projection:
+    """The names of samples end in their tables' names."""
+    by_center: dict[str, list[np.ndarray]] = {}
+    for name, rows in samples.items():
+        by_center.setdefault(center_name(name), []).append(rows)
+    return fit_variance({name: np.concatenate(rows) for name, rows in by_center.items()}, variance)
 
 
 def _kept(fingerprint: str) -> str:

@@ -3,12 +3,13 @@
 A gain from an LLM is believable only next to its controls, so all arms are trained in the same way. By default there
 are four: no knowledge; the LLM's knowledge; the same vectors with the wrong ids (`shuffled`: the effect of the
 adaptor's extra parameters); and vectors of the title and attributes in the prompt (`metadata`: the effect of the text
-encoder). Each may read semantic ids instead of vectors or in addition, so one grid shows the best form. No torch here:
-every recipe loads this module.
+encoder). Any named set of sources can be an arm, of users, of items or of both; each may read semantic ids instead of
+vectors or in addition. No torch here: every recipe loads this module.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -20,9 +21,17 @@ from pydantic import BaseModel, Field, field_validator
 from owlrec.config import Config
 from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.features import RESERVED
-from owlrec.ctr.knowledge_tables import Arm, bases
+from owlrec.ctr.knowledge_tables import Arm, OwnArm, arm_parts, bases, check_arm
 from owlrec.errors import RecipeError, SchemaError, WorkspaceError
-from owlrec.evaluation import GridScores, Interval, auc, compare_arms, log_loss, relative_improvement
+from owlrec.evaluation import (
+    GridScores,
+    Interval,
+    auc,
+    compare_arms,
+    detectable_difference,
+    log_loss,
+    relative_improvement,
+)
 from owlrec.schema import SOFT_LABELS
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace, shard_file
@@ -37,7 +46,7 @@ class SweepGrid:
     """Values of CTRConfig.learning_rate and expert_dim; every combination is tried."""
 
     learning_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
-    expert_dims: tuple[int, ...] = (32, 128)  # ours and KAR's
+    expert_dims: tuple[int, ...] = (32, 128)  # a quarter of KAR's, and KAR's
 
     def candidates(self, *, adaptor: bool) -> list[dict[str, Any]]:
         """Changes of CTRConfig per candidate. adaptor: False if the arm has none; then only rates differ."""
@@ -146,6 +155,7 @@ def blended(samples: pa.Table, soft: pa.Table, alpha: float) -> pa.Table:
 # truncated to the longest one in training (`features.build_features`).
 
 
+POPULAR_SHARE = 0.2  # of the rows: those of the most popular items
 COLD_USER_BELOW = 5  # behaviors in the row's history
 COLD_ITEM_BELOW = 5  # occurrences in the training samples, as target or in a history
 _HISTORY_FROM = (0, 1, 3, 6, 11, 21, 51)  # minimum length per bucket; the last one is open
@@ -160,7 +170,7 @@ class SliceMetrics(BaseModel):
 
 
 def slices_of(items: np.ndarray, lengths: np.ndarray, item_counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Name -> bool [n]: rows with cold or warm users, cold or warm items, and by history
+    """Name -> bool [n]: rows with cold or warm users, cold or warm items, the warm ones by popularity, and by history
     length. Empty slices are left out.
 
     items: int [n], row numbers of ItemFeatures; lengths: int [n], history lengths as read by the model;
@@ -174,6 +184,10 @@ def slices_of(items: np.ndarray, lengths: np.ndarray, item_counts: np.ndarray) -
         "cold items": cold_item,
         "warm items": ~cold_item,
     }
+    warm = np.sort(item_counts[items][~cold_item])
+    if len(warm):
+        head = item_counts[items] >= max(COLD_ITEM_BELOW + 1, warm[int(len(warm) * (1 - POPULAR_SHARE))])
+        slices |= {"popular items": head & ~cold_item, "other warm items": ~head & ~cold_item}
     bucket = np.searchsorted(_HISTORY_FROM, lengths, side="right") - 1
     for number, start in enumerate(_HISTORY_FROM):
         slices[_history_name(number, start)] = bucket == number
@@ -221,13 +235,11 @@ def _history_name(number: int, start: int) -> str:
 
 
 class AdaptorConfig(Config):
-    """The hybrid-expert adaptor: as many experts as in KAR's run script, at a quarter of its width for speed. A
-    recipe sets the width alone.
-    """
+    """The hybrid-expert adaptor: as many experts as in KAR's run script, and as wide. A recipe sets the width alone."""
 
     shared_experts: int = Field(default=2, ge=1)
     dedicated_experts: int = Field(default=5, ge=1)  # per tower
-    hidden_dim: int = Field(default=32, ge=1)
+    hidden_dim: int = Field(default=128, ge=1)
 
 
 # Tables with more rows (such as items) get sparse gradients and row-wise Adagrad. In smaller ones most rows are in
@@ -258,7 +270,10 @@ class CTRConfig(Config):
     """What to train and how. Defaults maximize valid AUC on MovieLens-100K over three user splits."""
 
     backbones: tuple[str, ...] = Field(default=("din", "dcnv2"), min_length=1)
-    arms: tuple[Arm, ...] = Field(default=("none", "knowledge", "shuffled", "metadata"), min_length=1)
+    # Short names, or own arms as `name: {users: [...], items: [...]}`.
+    arms: tuple[Arm | dict[str, OwnArm], ...] = Field(
+        default=("none", "knowledge", "shuffled", "metadata"), min_length=1
+    )
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     # Rows of all workers together; fewer if an epoch would have fewer than 30 steps.
     batch_size: int = Field(default=2048, ge=1)
@@ -270,10 +285,10 @@ class CTRConfig(Config):
     patience: int = Field(default=2, ge=1)  # epochs without a better valid AUC before early stopping
     embed_dim: int = Field(default=32, ge=1)
     hidden_dims: tuple[int, ...] = Field(default=(200, 80), min_length=1)
-    # Components of a knowledge vector that the adaptor reads: the first principal ones. None = all.
-    knowledge_dim: int | None = Field(default=64, ge=1)
-    # Width of the adaptor's experts; KAR's are 128. `owlrec ctr sweep` compares widths on valid.
-    expert_dim: int = Field(default=32, ge=1)
+    # Share of the vectors' variance that the adaptor reads, by their first principal components. None = whole vectors.
+    knowledge_variance: float | None = Field(default=0.95, gt=0, le=1)
+    # Width of the adaptor's experts; KAR's. `owlrec ctr sweep` compares widths on valid.
+    expert_dim: int = Field(default=128, ge=1)
     distillation: DistillationConfig | None = None  # None = labels alone; otherwise run `ranker score-pairs` first
     # Rarer items share one embedding, which new items then use; likewise the rarer values of a feature.
     min_item_count: int = Field(default=2, ge=1)
@@ -310,10 +325,43 @@ class CTRConfig(Config):
     @field_validator("backbones", "arms", "seeds")
     @classmethod
     def _no_duplicates(cls, values: tuple[object, ...]) -> tuple[object, ...]:
-        repeated = sorted({str(v) for v in values if values.count(v) > 1})
+        listed = [name for v in values for name in (v if isinstance(v, dict) else [v])]
+        repeated = sorted({str(name) for name in listed if listed.count(name) > 1})
         if repeated:
             raise ValueError(f"{', '.join(repeated)} is listed more than once. List each trial once.")
         return values
+
+    @field_validator("arms")
+    @classmethod
+    def _known_arms(cls, arms: tuple[Arm | dict[str, OwnArm], ...]) -> tuple[Arm | dict[str, OwnArm], ...]:
+        own = _own_arms(arms)
+        for name in own:
+            if not name.isidentifier() or name == "shuffled":
+                raise ValueError(f"'{name}' cannot name an own arm. Use letters, digits and _; suffixes have a meaning")
+            with suppress(RecipeError):
+                check_arm(name, ())
+                raise ValueError(f"'{name}' is a short name. Give your own arm another name")
+        for arm in arms:
+            if isinstance(arm, str):
+                try:
+                    check_arm(arm, own)
+                except RecipeError as error:
+                    raise ValueError(str(error)) from None
+        return arms
+
+    @property
+    def own_arms(self) -> dict[str, OwnArm]:
+        """The recipe's own arms by name."""
+        return _own_arms(self.arms)
+
+    @property
+    def arm_names(self) -> tuple[Arm, ...]:
+        """The names of all arms, in order."""
+        return tuple(name for arm in self.arms for name in (arm if isinstance(arm, dict) else (arm,)))
+
+
+def _own_arms(arms: Iterable[Arm | dict[str, OwnArm]]) -> dict[str, OwnArm]:
+    return {name: own for arm in arms if isinstance(arm, dict) for name, own in arm.items()}
 
 
 class Trial(Config):
@@ -322,6 +370,7 @@ class Trial(Config):
     backbone: str
     arm: Arm
     seed: int
+    own: OwnArm | None = None  # what the arm reads, if it is the recipe's own
 
     @property
     def path(self) -> str:
@@ -331,7 +380,9 @@ class Trial(Config):
 
 def trials(config: CTRConfig) -> list[Trial]:
     """The whole grid. The seed varies slowest, so an interrupted grid has all arms of its finished seeds."""
-    return [Trial(backbone=b, arm=a, seed=s) for s, b, a in product(config.seeds, config.backbones, config.arms)]
+    own = {arm: config.own_arms.get(arm_parts(arm).reads) for arm in config.arm_names}
+    grid = product(config.seeds, config.backbones, config.arm_names)
+    return [Trial(backbone=b, arm=a, seed=s, own=own[a]) for s, b, a in grid]
 
 
 class Metrics(BaseModel):
@@ -359,11 +410,13 @@ class TrialResult(BaseModel):
     resumed: int = 0  # number of resumes from a checkpoint
     slices: dict[str, SliceMetrics]  # of the test split
     tasks: dict[str, dict[str, float]] = {}  # further label -> split (valid, test) -> AUC
+    own: OwnArm | None = None
+    coverage: dict[str, float] = {}  # side ("user", "item") -> share of the test rows with a vector from any source
 
     @property
     def trial(self) -> Trial:
         """The trial of this result."""
-        return Trial(backbone=self.backbone, arm=self.arm, seed=self.seed)
+        return Trial(backbone=self.backbone, arm=self.arm, seed=self.seed, own=self.own)
 
 
 ENCODED = "samples"  # the folder of a grid's encoded samples, in its own
@@ -389,7 +442,21 @@ class PairedDifference(BaseModel):
     rela_imp: (
         float | None
     )  # of the mean AUCs (evaluation.relative_improvement); None if the base is no better than chance
-    interval: Interval | None  # 95 %; None if test scores are missing or cover one user
+    interval: Interval | None  # 95 %, over users and seeds; None if test scores are missing or cover one user
+
+    @property
+    def detectable(self) -> float | None:
+        """Smallest difference that this comparison would probably have shown."""
+        return None if self.interval is None else detectable_difference(self.interval)
+
+    @property
+    def verdict(self) -> str:
+        """The difference in words."""
+        if self.interval is None:
+            return "not tested"
+        if self.interval.low > 0:
+            return "gain shown"
+        return "loss shown" if self.interval.high < 0 else "no gain shown"
 
 
 class ArmSummary(BaseModel):
@@ -438,15 +505,89 @@ def summarize(results: Sequence[TrialResult], scores: GridScores | None = None) 
     return rows
 
 
+class Headline(BaseModel):
+    """One arm against another over all backbones, as the first line of a report says it."""
+
+    arm: Arm
+    base: Arm
+    backbones: int
+    users: int  # of the test split; 0 if unknown
+    difference: PairedDifference
+
+    def __str__(self) -> str:
+        """In words, with interval and smallest detectable difference."""
+        paired = self.difference
+        text = f"{self.arm} - {self.base}: {paired.verdict}. Test AUC {paired.auc:+.4f}"
+        if paired.interval is not None and paired.detectable is not None:
+            text += (
+                f", 95 % interval [{paired.interval.low:+.4f}, {paired.interval.high:+.4f}]; the smallest "
+                f"difference that this test would show is {paired.detectable:.4f}"
+            )
+        users = f", {self.users:,} test users" if self.users else ""
+        return f"{text} ({_count(self.backbones, 'backbone')}, {_count(paired.seeds, 'seed')}{users})."
+
+
+DECISIVE = "metadata"  # the text that was there before the LLM, through the same encoder
+
+
+def headlines(results: Sequence[TrialResult], scores: GridScores | None = None) -> list[Headline | str]:
+    """What decides whether texts are worth their price, the decisive comparison first: knowledge, or the first own arm
+    without it, against metadata, shuffled and none. A line in words names an arm that is missing for it.
+    """
+    arms = list(dict.fromkeys(result.arm for result in results))
+    candidates = [a for a in arms if a not in ("none", DECISIVE) and not arm_parts(a).shuffled]
+    if not candidates:
+        return ["knowledge - metadata is unknown: no arm reads knowledge. Add `knowledge` to ctr.arms."]
+    arm = "knowledge" if "knowledge" in candidates else candidates[0]
+    lines: list[Headline | str] = []
+    for base in bases(arm):
+        if base in arms:
+            lines += filter(None, [compare_over_backbones(results, scores, arm, base)])
+        elif base.startswith(DECISIVE):
+            lines.append(f"{arm} - {base} is unknown: add `{base}` to ctr.arms. Only this difference is the LLM's.")
+    return lines
+
+
+def compare_over_backbones(
+    results: Sequence[TrialResult], scores: GridScores | None, arm: Arm, base: Arm
+) -> Headline | None:
+    """Mean difference over all backbones and seeds that trained both arms; None if none did."""
+    trained = {(r.backbone, r.arm, r.seed): r for r in results}
+    pairs = [(r, trained[b, base, s]) for (b, a, s), r in trained.items() if a == arm and (b, base, s) in trained]
+    if not pairs:
+        return None
+    paths = {arm: [(ours.trial.path, theirs.trial.path) for ours, theirs in pairs]}
+    seeds = {arm: [ours.seed for ours, _ in pairs]}
+    intervals = compare_arms(scores, paths, seeds=seeds) if scores else {}
+    arm_auc, base_auc = (float(np.mean([r.test.auc for r in half])) for half in zip(*pairs, strict=True))
+    relative = relative_improvement(arm_auc, base_auc)
+    return Headline(
+        arm=arm,
+        base=base,
+        backbones=len({ours.backbone for ours, _ in pairs}),
+        users=0 if scores is None else len(np.unique(scores.user_ids)),
+        difference=PairedDifference(
+            seeds=len({ours.seed for ours, _ in pairs}),
+            auc=arm_auc - base_auc,
+            rela_imp=None if math.isnan(relative) else relative,
+            interval=intervals.get(arm),
+        ),
+    )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def _differences(
     results: Sequence[TrialResult], scores: GridScores | None
 ) -> dict[tuple[str, Arm, Arm], PairedDifference]:
     """(backbone, arm, base) -> difference between the two arms."""
-    by_trial = {result.trial: result for result in results}
+    by_trial = {(r.backbone, r.arm, r.seed): r for r in results}
     pairs: dict[tuple[str, Arm, Arm], list[tuple[TrialResult, TrialResult]]] = {}
     for result in results:
         for base in bases(result.arm):
-            if partner := by_trial.get(Trial(backbone=result.backbone, arm=base, seed=result.seed)):
+            if partner := by_trial.get((result.backbone, base, result.seed)):
                 pairs.setdefault((result.backbone, result.arm, base), []).append((result, partner))
     paths = {key: [(arm.trial.path, base.trial.path) for arm, base in seeds] for key, seeds in pairs.items()}
     intervals = compare_arms(scores, paths) if scores else {}

@@ -374,6 +374,11 @@ class Grades(NamedTuple):
         return np.where(taken(ratings, labels), graded, PASSED).astype(np.uint8)
 
 
+def liked(tokens: np.ndarray) -> np.ndarray:
+    """Whether outcome tokens (Grades.tokens) are of liked items: taken, with a grade in the upper half or none."""
+    return (tokens == 0) | ((tokens > GRADES // 2) & (tokens != PASSED))
+
+
 @dataclass(frozen=True)
 class Vocabularies:
     """Fields and known values, sorted: the value at position i has code i + 2."""

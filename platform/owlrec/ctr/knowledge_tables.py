@@ -9,54 +9,92 @@ never an error.
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Literal, cast
+from functools import cached_property, lru_cache
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+from pydantic import Field, model_validator
 
+from owlrec.config import Config
+from owlrec.encoding.compression import unit_rows
 from owlrec.encoding.vectors import VectorShards
-from owlrec.errors import RecipeError, SchemaError, WorkspaceError
+from owlrec.errors import RecipeError, SchemaError, WorkspaceError, did_you_mean
 from owlrec.ids import newest_rows, rows_of, run_starts
 
 # ----------------------------------------------------------------------------------------------------------------- arms
 # The arms of an experiment: what each reads about users and items, in which form, and its comparisons.
 #
-# An arm's name is its knowledge ("knowledge"), with no suffix for vectors, "-codes" for
-# semantic ids alone, and "+codes" for both. Vectors of cohorts and of interest partitions have no
-# semantic ids.
+# An arm is a named set of sources. Its name tells its form: no suffix for vectors, "-codes" for semantic ids alone,
+# "+codes" for both; and whether it is a control: "shuffled-metadata" reads what "metadata" reads, with the wrong ids,
+# and "shuffled" is short for "shuffled-knowledge". Vectors of cohorts and of interest partitions have no semantic ids.
 
 
-Arm = Literal[
-    "none",
-    "knowledge",
-    "knowledge-codes",
-    "knowledge+codes",
-    "collective",
-    "both",
-    "streaming",
-    "shuffled",
-    "shuffled-codes",
-    "shuffled+codes",
-    "metadata",
-    "metadata-codes",
-    "metadata+codes",
-]
+Arm = str  # the name of an arm
 Form = Literal["vectors", "codes", "both"]
 DISLIKED = "disliked"  # a user's cohort by dislikes; "collective" is by likes
 STREAMING = "streaming"  # vectors of the interest partitions that refreshes read
 # Slots of a user's texts before the newest one, which is "knowledge" (LIBER, arXiv 2411.14713); the newest first.
 OLDER_PARTITIONS = ("partition-1", "partition-2", "partition-3")
+# Sources that `encode` or refreshes write; any other is a text column of a table, or imported vectors.
+WRITTEN = ("knowledge", "collective", DISLIKED, STREAMING, "metadata")
+_SHORT = {
+    "none": (),
+    "knowledge": ("knowledge",),
+    "metadata": ("metadata",),
+    "collective": ("collective",),
+    "both": ("knowledge", "collective"),
+}
+_SUFFIXES: dict[str, Form] = {"-codes": "codes", "+codes": "both"}
+_NAME = r"^[A-Za-z0-9_]+$"
 
 
-def arm_parts(arm: Arm) -> tuple[str, Form]:
-    """Splits an arm into its knowledge and its form."""
-    forms: dict[str, Form] = {"-codes": "codes", "+codes": "both"}
-    for suffix, form in forms.items():
+class OwnArm(Config):
+    """An arm of a recipe's own, `name: {users: [...], items: [...]}`: the sources that it reads about each side."""
+
+    users: tuple[Annotated[str, Field(pattern=_NAME)], ...] = ()
+    items: tuple[Annotated[str, Field(pattern=_NAME)], ...] = ()
+
+    @model_validator(mode="after")
+    def _reads_something(self) -> "OwnArm":
+        if not self.users and not self.items:
+            raise ValueError("names no source. List sources under users, items or both")
+        for sources in (self.users, self.items):
+            if len(set(sources)) < len(sources):
+                raise ValueError(f"{', '.join(sources)}: list each source once")
+        return self
+
+
+class ArmParts(NamedTuple):
+    """What an arm's name says."""
+
+    reads: str  # "knowledge", "both", or the name of an own arm
+    form: Form
+    shuffled: bool
+
+
+def arm_parts(arm: Arm) -> ArmParts:
+    """Splits an arm's name."""
+    form: Form = "vectors"
+    for suffix, suffix_form in _SUFFIXES.items():
         if arm.endswith(suffix):
-            return arm.removesuffix(suffix), form
-    return arm, "vectors"
+            arm, form = arm.removesuffix(suffix), suffix_form
+            break
+    if arm == "shuffled":
+        return ArmParts("knowledge", form, True)
+    return ArmParts(arm.removeprefix("shuffled-"), form, arm.startswith("shuffled-"))
+
+
+def check_arm(arm: Arm, own: Collection[str]) -> None:
+    """Raises RecipeError if neither a short name nor an own arm has this name. own: names of own arms."""
+    reads, form, shuffled = arm_parts(arm)
+    known = [*_SHORT, STREAMING, *own]
+    if reads not in known or (reads == "none" and (shuffled or form != "vectors")):
+        hint = did_you_mean(arm, [*known, "shuffled"])
+        raise RecipeError(
+            f"there is no arm '{arm}'.{hint} Define your own as `- {{{arm}: {{users: [...], items: [...]}}}}`"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,46 +105,55 @@ class ArmSources:
     item: tuple[str, ...] = ()
 
 
-def arm_sources(arm: Arm, given: Mapping[str, Collection[str]]) -> ArmSources:
+def arm_sources(arm: Arm, given: Mapping[str, Collection[str]], own: OwnArm | None = None) -> ArmSources:
     """Selects an arm's sources from the given ones.
 
-    `collective` reads the knowledge of cohorts; for users, by likes and, if given, by
-    dislikes. `both` adds the individual knowledge. `streaming` reads a user's newest texts, including partitions
-    read by refreshes. `shuffled` reads individual knowledge, or collective knowledge if there is
-    no other.
-    given: source -> kinds ("user", "item") that have vectors.
+    `collective` reads the knowledge of cohorts; for users, by likes and, if given, by dislikes. `streaming` reads a
+    user's newest texts, including partitions read by refreshes. `shuffled` reads individual knowledge, or collective
+    knowledge if there is no other.
+    given: source -> kinds ("user", "item") that have vectors. own: what the arm reads, if it is the recipe's own.
     Raises RecipeError if a required source is missing.
     """
-    needed: tuple[str, ...]
-    reads, _ = arm_parts(arm)
-    match reads:
-        case "none":
-            needed = ()
-        case "both":
-            needed = ("knowledge", "collective")
-        case "streaming":
-            needed = ("knowledge",)
-        case "shuffled":
-            needed = ("collective",) if "knowledge" not in given and "collective" in given else ("knowledge",)
-        case _:
-            needed = (reads,)
-    for source in needed:
-        missing = [f"{kind}s" for kind in ("user", "item") if kind not in given.get(source, ())]
+    reads, _, shuffled = arm_parts(arm)
+    if own is not None:
+        users, items = own.users, own.items
+    elif reads == STREAMING:
+        users, items = (STREAMING,), ("knowledge",)
+    else:
+        users = items = _SHORT[reads]
+        if shuffled and reads == "knowledge" and "knowledge" not in given and "collective" in given:
+            users = items = ("collective",)
+    wanted = {"user": tuple("knowledge" if s == STREAMING else s for s in users), "item": items}
+    for source in dict.fromkeys((*wanted["user"], *wanted["item"])):
+        missing = [f"{k}s" for k in wanted if source in wanted[k] and k not in given.get(source, ())]
         if missing:
             raise RecipeError(
                 f"ctr.arms: arm '{arm}' needs {source} vectors. `encode` wrote none of "
                 f"{' and '.join(missing)}: run it with a recipe that produces them, or remove the arm."
             )
-    further: tuple[str, ...] = (DISLIKED,) if "collective" in needed and "user" in given.get(DISLIKED, ()) else ()
-    if reads == "streaming":
-        if "user" not in given.get(STREAMING, ()):
-            raise RecipeError(
-                "ctr.arms: arm 'streaming' needs users' interest partitions, but no refresh with this encoder "
-                "has read any. Run `owlrec refresh` first, or remove the arm: without partitions it equals "
-                "`knowledge`."
-            )
-        further = OLDER_PARTITIONS
-    return ArmSources(user=needed + further, item=needed)
+    if STREAMING in users and "user" not in given.get(STREAMING, ()):
+        raise RecipeError(
+            f"ctr.arms: arm '{arm}' needs users' interest partitions, but no refresh with this encoder "
+            "has read any. Run `owlrec refresh` first, or remove the arm: without partitions it equals "
+            "`knowledge`."
+        )
+    expanded: list[str] = []
+    for source in users:
+        expanded += ("knowledge", *OLDER_PARTITIONS) if source == STREAMING else (source,)
+        if source == "collective" and DISLIKED not in users and "user" in given.get(DISLIKED, ()):
+            expanded.append(DISLIKED)
+    return ArmSources(tuple(expanded), items)
+
+
+def source_slots(sources: Sequence[str]) -> tuple[int, ...]:
+    """Vectors of each source, in order: a field of the adaptor reads one source, and a cascade is one source."""
+    slots: list[int] = []
+    for source in sources:
+        if source in OLDER_PARTITIONS:
+            slots[-1] += 1
+        else:
+            slots.append(1)
+    return tuple(slots)
 
 
 def stored_sources(sources: ArmSources) -> set[str]:
@@ -115,13 +162,20 @@ def stored_sources(sources: ArmSources) -> set[str]:
 
 
 def bases(arm: Arm) -> tuple[Arm, ...]:
-    """The arms to compare with: no knowledge, the wrong ids' knowledge with the same number of parameters, and, for
-    arms with semantic ids, the vectors alone.
+    """The arms to compare with, the decisive one first: the text that was there before the LLM, in the same form; the
+    wrong ids' vectors with the same number of parameters; no knowledge; and, for arms with semantic ids, the vectors
+    alone.
     """
-    reads, form = arm_parts(arm)
-    shuffled: dict[Form, Arm] = {"vectors": "shuffled", "codes": "shuffled-codes", "both": "shuffled+codes"}
-    candidates: list[Arm] = ["none", shuffled[form], *([] if form == "vectors" else [cast(Arm, reads)])]
-    return tuple(base for base in candidates if arm not in ("none", base))
+    reads, form, shuffled = arm_parts(arm)
+    if arm == "none":
+        return ()
+    suffix = {"vectors": "", "codes": "-codes", "both": "+codes"}[form]
+    control = "shuffled" if reads == "knowledge" else f"shuffled-{reads}"
+    candidates = [] if shuffled else [f"metadata{suffix}", f"{control}{suffix}"]
+    candidates.append("none")
+    if form != "vectors":
+        candidates.append(control if shuffled else reads)
+    return tuple(base for base in candidates if base != arm)
 
 
 # ------------------------------------------------------------------------------------------------------------ knowledge
@@ -132,10 +186,37 @@ def bases(arm: Arm) -> tuple[Arm, ...]:
 _HELD_BYTES = {"user": 1 << 27, "item": 1 << 31}
 
 
+# Ids -> int [n], the stratum of each: deciles of popularity or of activity. A text says how well known its subject is
+# (length, detail), so a control that exchanged a blockbuster's vector for a rarity's would lose that, too.
+Strata = Callable[[np.ndarray], np.ndarray]
+_N_STRATA = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Deciles:
+    """Strata by deciles of a count; unknown ids count as 0, and equal counts share a stratum."""
+
+    ids: np.ndarray  # int64 [n], ascending
+    counts: np.ndarray  # int [n]
+
+    def __call__(self, wanted: np.ndarray) -> np.ndarray:
+        """int64 [k]: strata of some ids, int64 [k]."""
+        if not len(self.ids):
+            return np.zeros(len(wanted), dtype=np.int64)
+        edges = np.unique(np.quantile(self.counts, np.arange(1, _N_STRATA) / _N_STRATA))
+        rows = rows_of(self.ids, wanted)
+        return np.searchsorted(edges, np.where(rows < 0, 0, self.counts[rows]), side="left")
+
+
 class VectorTable(ABC):
     """Vectors of users or of items."""
 
     code_sizes: tuple[int, ...]  # number of codes per level of the semantic ids; empty without codes
+
+    @property
+    @abstractmethod
+    def encoder(self) -> str:
+        """EncoderConfig.identity of the vectors; "" if unknown."""
 
     @property
     @abstractmethod
@@ -164,8 +245,10 @@ class VectorTable(ABC):
         """
 
     @abstractmethod
-    def shuffled(self, seed: int) -> "VectorTable":
-        """The control arm: the same ids and moments, but no id keeps its own vector or code."""
+    def shuffled(self, seed: int, strata: "Strata | None" = None) -> "VectorTable":
+        """The control arm: the same ids and moments, but no id keeps its own vector or code. strata: exchanges only
+        within them.
+        """
 
     def gather(self, ids: np.ndarray, before: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of the rows from `find`, [b, dim], zeros if missing, and bool [b], False if missing."""
@@ -187,6 +270,7 @@ class KnowledgeTable(VectorTable):
     codes: np.ndarray | None = None  # uint16 [n, levels], without the duplicate digit
     code_sizes: tuple[int, ...] = ()
     order: np.ndarray | None = None  # int64 [n]: source row of each vector and code, if shuffled
+    encoder: str = ""
 
     @property
     def dim(self) -> int:
@@ -220,9 +304,9 @@ class KnowledgeTable(VectorTable):
         codes[rows >= 0] = self.codes[rows[rows >= 0]].astype(np.int64) + 1
         return codes
 
-    def shuffled(self, seed: int) -> "KnowledgeTable":
+    def shuffled(self, seed: int, strata: Strata | None = None) -> "KnowledgeTable":
         """See VectorTable; for more than one id."""
-        order = _wrong_rows(self.ids, seed)
+        order = _wrong_rows(self.ids, seed, strata=strata)
         return dataclasses.replace(self, order=order if self.order is None else self.order[order])
 
 
@@ -235,6 +319,12 @@ class MappedTable(VectorTable):
     shards: VectorShards
     code_sizes: tuple[int, ...] = ()
     seed: int | None = None  # of the shuffle
+    strata: Strata | None = None
+
+    @property
+    def encoder(self) -> str:
+        """See VectorTable."""
+        return _encoder_of(self.shards)
 
     @property
     def dim(self) -> int:
@@ -246,7 +336,7 @@ class MappedTable(VectorTable):
         handles = self.shards.find(ids, before)
         if self.seed is not None:
             for number, _, at, rows in self.shards.at(handles):
-                order = _wrong_rows_in(self.shards, number, self.seed)
+                order = _wrong_rows_in(self.shards, number, self.seed, self.strata)
                 handles[at] = -1 if order is None else handles[at] - rows + order[rows]
         return handles
 
@@ -273,9 +363,9 @@ class MappedTable(VectorTable):
             codes[at] = shard.codes[shard_rows, :-1].astype(np.int64) + 1
         return codes
 
-    def shuffled(self, seed: int) -> "MappedTable":
+    def shuffled(self, seed: int, strata: Strata | None = None) -> "MappedTable":
         """See VectorTable."""
-        return dataclasses.replace(self, seed=seed)
+        return dataclasses.replace(self, seed=seed, strata=strata)
 
 
 def open_vectors(shards: VectorShards, code_sizes: tuple[int, ...] = (), *, held: bool = True) -> VectorTable:
@@ -309,7 +399,8 @@ def open_vectors(shards: VectorShards, code_sizes: tuple[int, ...] = (), *, held
     if not ids:
         return MappedTable(shards, code_sizes)
     order = np.argsort(np.concatenate(ids), kind="stable")
-    table = KnowledgeTable(*(np.concatenate(arrays)[order] for arrays in (ids, vectors, as_of)))
+    sorted_ids, sorted_vectors, moments = (np.concatenate(arrays)[order] for arrays in (ids, vectors, as_of))
+    table = KnowledgeTable(sorted_ids, sorted_vectors, moments, encoder=_encoder_of(shards))
     if not code_sizes:
         return table
     return dataclasses.replace(table, codes=np.concatenate(codes)[order], code_sizes=code_sizes)
@@ -339,26 +430,65 @@ def refuse_non_finite(vectors: np.ndarray, ids: np.ndarray) -> None:
         )
 
 
-def _wrong_rows(ids: np.ndarray, *seed: int) -> np.ndarray:
-    """int64 [n]: for each row a row of another id, such that all ids form one random cycle; the first row of an id
-    gets the other id's first, and so on; rows without a counterpart get its last. ids: ascending.
+def refuse_two_encoders(arm: Arm, tables: Mapping[str, VectorTable]) -> None:
+    """Raises RecipeError if an arm's vectors come from several encoders, whose components mean different things.
+
+    tables: by the name for messages.
+    """
+    encoders = {name: table.encoder for name, table in tables.items() if table.encoder}
+    if len(set(encoders.values())) > 1:
+        each = ", ".join(f"{name} from {encoder}" for name, encoder in encoders.items())
+        raise RecipeError(
+            f"ctr.arms: arm '{arm}' reads vectors of several encoders ({each}), but its shared experts need one. "
+            "Put each encoder's vectors into an arm of their own, or encode all texts with one encoder."
+        )
+
+
+def _encoder_of(shards: VectorShards) -> str:
+    shard = shards.shard(0) or next(filter(None, map(shards.shard, shards.numbers)), None)
+    return shard.encoder if shard is not None else ""
+
+
+def _wrong_rows(ids: np.ndarray, *seed: int, strata: Strata | None = None) -> np.ndarray:
+    """int64 [n]: for each row a row of another id, such that the ids of a stratum form one random cycle; the first row
+    of an id gets the other id's first, and so on; rows without a counterpart get its last. ids: ascending.
     """
     starts = np.unique(run_starts(ids))
     counts = np.diff(starts, append=len(ids))
     order = np.random.default_rng(seed).permutation(len(starts))
+    stratum = np.zeros(len(starts), np.int64) if strata is None else strata(ids[starts])
+    order = order[np.argsort(stratum[order], kind="stable")]
+    ends = _cycle_ends(stratum[order])
+    following = np.arange(1, len(order) + 1)
+    following[ends - 1] = np.concatenate([[0], ends[:-1]])
     other = np.empty(len(starts), dtype=np.int64)
-    other[order] = np.roll(order, -1)
+    other[order] = order[following]
     owner = np.repeat(np.arange(len(starts)), counts)
     nth = np.arange(len(ids)) - starts[owner]
     return starts[other[owner]] + np.minimum(nth, counts[other[owner]] - 1)
 
 
+def _cycle_ends(strata: np.ndarray) -> np.ndarray:
+    """End of each cycle over ids sorted by stratum: int64, ascending. An id that is alone joins its neighbors."""
+    ends: list[int] = []
+    start = 0
+    for end in [*(np.flatnonzero(np.diff(strata)) + 1).tolist(), len(strata)]:
+        if end - start > 1 or not ends:
+            ends.append(end)
+        else:
+            ends[-1] = end
+        start = end
+    if len(ends) > 1 and ends[0] == 1:
+        del ends[0]
+    return np.array(ends, dtype=np.int64)
+
+
 @lru_cache(maxsize=256)
-def _wrong_rows_in(shards: VectorShards, number: int, seed: int) -> np.ndarray | None:
+def _wrong_rows_in(shards: VectorShards, number: int, seed: int, strata: Strata | None) -> np.ndarray | None:
     """The same within a shard; None if it has only one id."""
     shard = shards.shard(number)
     assert shard is not None
-    return _wrong_rows(shard.ids, seed, number) if len(np.unique(shard.ids)) > 1 else None
+    return _wrong_rows(shard.ids, seed, number, strata=strata) if len(np.unique(shard.ids)) > 1 else None
 
 
 def _uncoded() -> SchemaError:
@@ -387,6 +517,11 @@ class CascadeTable(VectorTable):
     partitions: VectorTable
     older: int = 0
     code_sizes: tuple[int, ...] = ()  # partitions have no semantic ids
+
+    @property
+    def encoder(self) -> str:
+        """See VectorTable."""
+        return self.partitions.encoder
 
     @property
     def dim(self) -> int:
@@ -421,9 +556,10 @@ class CascadeTable(VectorTable):
         """See VectorTable; raises SchemaError."""
         return self.partitions.codes_at(rows)
 
-    def shuffled(self, seed: int) -> "CascadeTable":
+    def shuffled(self, seed: int, strata: Strata | None = None) -> "CascadeTable":
         """See VectorTable."""
-        return replace(self, runs=self.runs.shuffled(seed), partitions=self.partitions.shuffled(seed))
+        runs, partitions = (table.shuffled(seed, strata) for table in (self.runs, self.partitions))
+        return replace(self, runs=runs, partitions=partitions)
 
     def _newest(self, ids: np.ndarray, before: np.ndarray | None) -> np.ndarray:
         rows = [table.find(ids, before) for table in (self.runs, self.partitions)]
@@ -440,3 +576,70 @@ def cascade_slots(runs: VectorTable, partitions: VectorTable) -> tuple[VectorTab
     runs: texts of full runs; partitions: those read by refreshes.
     """
     return tuple(CascadeTable(runs, partitions, older) for older in range(1 + len(OLDER_PARTITIONS)))
+
+
+# --------------------------------------------------------------------------------------------------------- similarities
+# How alike a candidate's vector is to those of the user's history: the cheapest way to make frozen vectors pay, since
+# no embedding has to learn what the encoder already knows (cosines fed to the model as in SimTier, CIKM 2024). They
+# are computed from the vectors that a sample may read, of the behaviors before it, in training and in serving alike.
+
+
+SIMILARITY_CENTERS = (0.0, 0.25, 0.5, 0.75)  # of the histogram; cosines of centered vectors are mostly around 0
+SIMILARITIES = 2 * (
+    2 + len(SIMILARITY_CENTERS)
+)  # of a source: mean, maximum, histogram; of liked and of other behaviors
+_COSINE_ROWS = 4096  # tables up to this size have all their cosines computed once: 64 MB
+_COSINE_VALUES = 1 << 22  # components gathered at once otherwise
+
+
+def similarity_features(cosines: np.ndarray, known: np.ndarray, liked: np.ndarray) -> np.ndarray:
+    """float32 [b, SIMILARITIES]: over liked behaviors, then over the others: mean, maximum, and the shares near each
+    of SIMILARITY_CENTERS; zeros without any.
+
+    A cosine between two centers counts for both in proportion, so that rounding moves a share by no more than itself.
+    cosines: float32 [b, L], of candidate and behavior; known: bool [b, L], both have vectors; liked: bool [b, L].
+    """
+    centers = np.array(SIMILARITY_CENTERS, dtype=np.float32)
+    width = centers[1] - centers[0]
+    clipped = np.clip(cosines, centers[0], centers[-1])
+    shares = np.maximum(0, 1 - np.abs(clipped[:, :, None] - centers) / width)
+    features = []
+    for group in (known & liked, known & ~liked):
+        n = np.maximum(1, group.sum(axis=1, keepdims=True)).astype(np.float32)
+        mean = np.where(group, cosines, 0).sum(axis=1, keepdims=True) / n
+        largest = np.where(group, cosines, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
+        largest = np.where(np.isfinite(largest), largest, 0)
+        histogram = np.einsum("bl,blk->bk", group.astype(np.float32), shares) / n
+        features += [mean, largest, histogram]
+    return np.concatenate(features, axis=1, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """Cosines between rows of a table of items."""
+
+    table: VectorTable
+
+    @cached_property
+    def _all(self) -> np.ndarray | None:
+        """float32 [n, n] of a small table in memory."""
+        if not isinstance(self.table, KnowledgeTable) or len(self.table) > _COSINE_ROWS:
+            return None
+        unit = unit_rows(self.table.vectors)
+        return unit @ unit.T
+
+    def of(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """float32 [b, L]; any value where a row is -1. rows: int64 [b], from `find`; others: int64 [b, L]."""
+        if self._all is not None:
+            flat = np.maximum(rows, 0)[:, None] * len(self._all) + np.maximum(others, 0)
+            found: np.ndarray = self._all.reshape(-1).take(flat)
+            return found
+        distinct, at = np.unique(np.concatenate([rows, others.reshape(-1)]), return_inverse=True)
+        unit = unit_rows(self.table.vectors_at(distinct))
+        ours, theirs = at[: len(rows)], at[len(rows) :].reshape(others.shape)
+        step = max(1, _COSINE_VALUES // max(1, others.shape[1] * unit.shape[1]))
+        parts = [
+            np.matmul(unit[theirs[i : i + step]], unit[ours[i : i + step], :, None])[:, :, 0]
+            for i in range(0, len(rows), step)
+        ]
+        return np.concatenate(parts) if parts else np.zeros(others.shape, np.float32)

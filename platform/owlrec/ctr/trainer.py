@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from itertools import islice
 from typing import Any
@@ -43,8 +44,20 @@ from owlrec.ctr.experiment import (
     slice_metrics,
     slices_of,
 )
-from owlrec.ctr.features import Features, FeatureSchema, Grades, ItemFeatures, Split, Vocabularies
-from owlrec.ctr.knowledge_tables import STREAMING, VectorTable, arm_parts, arm_sources, cascade_slots, refuse_two_sizes
+from owlrec.ctr.features import RESERVED, Features, FeatureSchema, Grades, ItemFeatures, Split, Vocabularies
+from owlrec.ctr.knowledge_tables import (
+    OLDER_PARTITIONS,
+    STREAMING,
+    Deciles,
+    Strata,
+    VectorTable,
+    arm_parts,
+    arm_sources,
+    cascade_slots,
+    refuse_two_encoders,
+    refuse_two_sizes,
+    source_slots,
+)
 from owlrec.ctr.model import CTRModel, ModelSpec, ShardedTable, code_sizes, plain_table
 from owlrec.errors import RecipeError, WorkspaceError
 from owlrec.storage import fingerprint
@@ -491,28 +504,68 @@ class TrainingData:
     knowledge: Mapping[str, Mapping[str, VectorTable]]  # source -> kind ("user", "item"), as needed by the arms
 
     def tables(self, trial: Trial) -> Tables | None:
-        """Output of `tables_of`."""
-        return tables_of(trial, self.knowledge)
+        """Output of `tables_of`; a control exchanges vectors within deciles of the items' popularity in training and
+        of the users' activity.
+        """
+        return tables_of(trial, self.knowledge, self.features.items.ids, self.strata)
+
+    def covered(self, split: str) -> dict[str, np.ndarray]:
+        """Slices of a split by the LLM's texts about the row's user and item, alike for all arms: name -> bool [n]."""
+        given = self.knowledge.get(_COVERED, {})
+        users, items = ((given[kind],) if kind in given else () for kind in ("user", "item"))
+        tables, slices = Tables(users, items), dict[str, np.ndarray]()
+        for side, rows in coverage(tables, self.features.splits[split]).items():
+            slices |= {f"{side} has a text": rows, f"{side} has no text": ~rows}
+        return {name: rows for name, rows in slices.items() if rows.any()}
+
+    @cached_property
+    def strata(self) -> tuple[Strata | None, Strata]:
+        """Deciles of users, by their number of samples (None above _STRATA_ROWS of these), and of items."""
+        items = Deciles(self.features.items.ids, self.features.item_counts[RESERVED:])
+        splits = self.features.splits.values()
+        if sum(map(len, splits)) > _STRATA_ROWS:
+            return None, items
+        users = np.concatenate([_columns(split, "user_ids")[0] for split in splits])
+        return Deciles(*np.unique(users, return_counts=True)), items
 
 
-def tables_of(trial: Trial, knowledge: Mapping[str, Mapping[str, VectorTable]]) -> Tables | None:
+_STRATA_ROWS = 1 << 26  # 0.5 GB of ids
+_COVERED = "knowledge"  # whose coverage slices the test rows of all arms alike
+
+
+def tables_of(
+    trial: Trial,
+    knowledge: Mapping[str, Mapping[str, VectorTable]],
+    item_ids: np.ndarray,
+    strata: tuple[Strata | None, Strata | None] = (None, None),
+) -> Tables | None:
     """Vectors that a trial reads, None for arm "none".
 
-    knowledge: as in TrainingData. Raises RecipeError if they are missing, and SchemaError if two tables
-    differ in size or codes are missing.
+    knowledge: as in TrainingData; item_ids: ItemFeatures.ids; strata: of users and items, for a control. Raises
+    RecipeError if vectors are missing or come from several encoders, and SchemaError if two tables differ in size or
+    codes are missing.
     """
     if trial.arm == "none":
         return None
-    sources = arm_sources(trial.arm, knowledge)
-    user_reads = ("knowledge", STREAMING) if arm_parts(trial.arm)[0] == "streaming" else sources.user
-    users = {f"{source} vectors of users": knowledge[source]["user"] for source in user_reads}
+    sources, parts = arm_sources(trial.arm, knowledge, trial.own), arm_parts(trial.arm)
+    users: list[VectorTable] = []
+    every: dict[str, VectorTable] = {}
+    for number, source in enumerate(sources.user):
+        if source in OLDER_PARTITIONS:
+            continue
+        table = every[f"{source} vectors of users"] = knowledge[source]["user"]
+        if sources.user[number + 1 : number + 2] == OLDER_PARTITIONS[:1]:
+            older = every[f"{STREAMING} vectors of users"] = knowledge[STREAMING]["user"]
+            users += cascade_slots(table, older)
+        else:
+            users.append(table)
     items = {f"{source} vectors of items": knowledge[source]["item"] for source in sources.item}
-    reads, form = arm_parts(trial.arm)
-    if form != "codes":
-        refuse_two_sizes({**users, **items})
-    user_tables = tuple(users.values()) if reads != "streaming" else cascade_slots(*users.values())
-    tables = Tables(user_tables, tuple(items.values()), form)
-    return tables.shuffled(trial.seed) if reads == "shuffled" else tables
+    every |= items
+    refuse_two_encoders(trial.arm, every)
+    if parts.form != "codes":
+        refuse_two_sizes(every)
+    tables = Tables(tuple(users), tuple(items.values()), parts.form, source_slots(sources.user), item_ids)
+    return tables.shuffled(trial.seed, *strata) if parts.shuffled else tables
 
 
 @dataclass(frozen=True)
@@ -549,11 +602,11 @@ def train_one(
         trial.backbone,
         tables.dim if tables else 0,
         config,
-        user_sources=len(tables.users) if tables else 1,
-        item_sources=len(tables.items) if tables else 1,
+        **(tables.slots if tables else {}),
         user_codes=code_sizes(tables.users) if tables and tables.form != "vectors" else (),
         item_codes=code_sizes(tables.items) if tables and tables.form != "vectors" else (),
     )
+    _refuse_uncovered(trial, tables, splits["train"].split)
     model = CTRModel(spec, data.features.items, table_maker(worker))
     if begin is not None:
         begin(model, data.features.vocabularies)
@@ -575,7 +628,8 @@ def train_one(
     progress = Epochs(model, config, trial.seed, train.sizes, worker, checkpoint).train(splits["train"], valid_auc)
     (valid, valid_tasks), (test, test_tasks) = (_scored(model, splits[name], worker) for name in ("valid", "test"))
     items, lengths = _columns(splits["test"].split, "items", "history_lengths")
-    slices = slices_of(items, lengths, data.features.item_counts)
+    slices = slices_of(items, lengths, data.features.item_counts) | data.covered("test")
+    covered = {} if tables is None else coverage(tables, splits["test"].split)
     result = TrialResult(
         **trial.model_dump(),
         valid=_evaluate(valid),
@@ -589,6 +643,7 @@ def train_one(
         resumed=progress.resumed,
         slices=slice_metrics(test.labels, test.scores, slices),
         tasks={name: {"valid": valid_tasks[name], "test": test_tasks[name]} for name in valid_tasks},
+        coverage={side: round(float(rows.mean()), 4) for side, rows in covered.items()},
     )
     return Trained(result, model.eval(), test)
 
@@ -613,6 +668,42 @@ def all_weights(model: CTRModel, worker: Worker = ALONE) -> dict[str, Tensor]:
         if whole is not None:
             weights[f"{name}.weight"] = whole
     return weights
+_LEAST_COVERAGE = 0.01
+_COVERAGE_ROWS = 1 << 16
+
+
+def coverage(tables: Tables, split: Split, rows: int | None = None) -> dict[str, np.ndarray]:
+    """Side ("user", "item") -> bool [n]: rows of a split with a vector from any source.
+
+    rows: only so many first ones.
+    """
+    end = len(split) if rows is None else min(rows, len(split))
+    names, covered = {"user": "user_ids", "item": "item_ids"}, {}
+    ids = dict(zip(names, _columns(split, *names.values(), end=end), strict=True))
+    times = _times(split, end)
+    for side, side_tables in (("user", tables.users), ("item", tables.items)):
+        if side_tables:
+            found = [table.find(ids[side], times) >= 0 for table in side_tables]
+            covered[side] = np.logical_or.reduce(found)
+    return covered
+
+
+def _times(split: Split, end: int) -> np.ndarray | None:
+    timed = all(split.shards[shard].times is not None for shard, _, _ in segments(split.sizes, 0, end))
+    return _columns(split, "times", end=end)[0] if timed else None
+
+
+def _refuse_uncovered(trial: Trial, tables: Tables | None, train: Split) -> None:
+    """Raises RecipeError if almost no training row has a vector of the arm: it would be `none` under another name."""
+    if tables is None:
+        return
+    for side, rows in coverage(tables, train, _COVERAGE_ROWS).items():
+        if rows.mean() < _LEAST_COVERAGE:
+            raise RecipeError(
+                f"ctr.arms: arm '{trial.arm}' has vectors of {side}s for {rows.mean():.2%} of the training rows, less "
+                f"than {_LEAST_COVERAGE:.0%}. Generate texts that are earlier than the samples (split.cuts) and for "
+                f"these {side}s, or remove the arm."
+            )
 
 
 def score(model: CTRModel, split: SplitBatches, worker: Worker = ALONE) -> np.ndarray:
@@ -651,10 +742,10 @@ def _each_label(logits: Tensor) -> Tensor:
     return logits if logits.dim() == 2 else logits[:, None]
 
 
-def _columns(split: Split, *names: str) -> list[np.ndarray]:
-    """Columns of a whole split, copied, without the behaviors it refers to."""
+def _columns(split: Split, *names: str, end: int | None = None) -> list[np.ndarray]:
+    """Columns of a split, copied, without the behaviors it refers to. end: only its first rows."""
     columns: list[list[np.ndarray]] = [[] for _ in names]
-    for shard, a, b in segments(split.sizes, 0, len(split)):
+    for shard, a, b in segments(split.sizes, 0, len(split) if end is None else end):
         samples = split.shards[shard]
         for column, name in zip(columns, names, strict=True):
             column.append(np.array(getattr(samples, name)[a:b]))

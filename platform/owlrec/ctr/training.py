@@ -101,7 +101,7 @@ def train_trials(
     done = {result.trial for result in finished_trials(workspace, fingerprint, trials)}
     pending = tuple(trial for trial in trials if trial not in done)
     if pending:
-        needed = {source for trial in pending for source in stored_sources(arm_sources(trial.arm, knowledge))}
+        needed = {s for trial in trials for s in stored_sources(arm_sources(trial.arm, knowledge, trial.own))}
         spec = GridSpec(
             settings=config,
             workers=workers or WorkersConfig(),

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 # ----------------------------------------------------------------------------------------------------------- projection
-# PCA of vectors: the space in which ReLLa (WWW 2024) compares items, fitted once per set of vectors; without a center,
-# it reduces knowledge for the CTR models (ctr.dataset).
+# PCA of vectors: the space in which ReLLa (WWW 2024) compares items, fitted once per set of vectors; with a center for
+# each table, it reduces knowledge for the CTR models (ctr.dataset).
 #
 # ReLLa reduces 5,120 components to 512. Its few-shot AUC changes by at most .003 from 512 to 64, so the default
 # is a cheaper 128. Centering matters, too: vectors of similar texts share a large common direction, which makes all
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 
 _VERSION = 1  # of the files of `save`
+_CENTER = "center/"
+_NEGLIGIBLE = 2e-3  # twice the relative precision of float16
 _ROWS_AT_ONCE = 1 << 15
 
 
@@ -51,12 +53,17 @@ class Projection:
 
     center: np.ndarray  # float32 [d]
     directions: np.ndarray  # float32 [c, d]
+    centers: Mapping[str, np.ndarray] = field(default_factory=dict)  # of single tables, by name
+
+    def of(self, table: str) -> "Projection":
+        """The same directions around a table's own center, if it has one."""
+        return replace(self, center=self.centers.get(table, self.center))
 
     def apply(self, vectors: np.ndarray) -> np.ndarray:
         """`vectors` in the fitted space, scaled to length 1.
 
-        vectors: float [n, d]. Returns float32 [n, c]; a row that is zero or not finite (an item without text)
-        becomes zeros. Raises SchemaError if d differs from the fit.
+        vectors: float [n, d]. Returns float32 [n, c]; a row that is zero or not finite (an item without text), or that
+        equals the center, becomes zeros. Raises SchemaError if d differs from the fit.
         """
         if vectors.ndim != 2 or vectors.shape[1] != len(self.center):
             raise SchemaError(
@@ -67,7 +74,11 @@ class Projection:
         for start in range(0, len(vectors), _ROWS_AT_ONCE):
             block = np.asarray(vectors[start : start + _ROWS_AT_ONCE], dtype=np.float32)
             usable = _usable(block)
-            projected[start : start + len(block)][usable] = (block[usable] - self.center) @ self.directions.T
+            centered = (block[usable] - self.center) @ self.directions.T
+            # A vector that equals the center says nothing: its direction would be that of its rounding.
+            lengths = np.linalg.norm(centered, axis=1), np.linalg.norm(block[usable], axis=1)
+            centered[lengths[0] < _NEGLIGIBLE * lengths[1]] = 0
+            projected[start : start + len(block)][usable] = centered
         return unit_rows(projected)
 
     def save(self, workspace: Workspace, folder: str, fingerprint: str) -> None:
@@ -77,7 +88,8 @@ class Projection:
         """
         from safetensors.numpy import save  # here, since retrieval does not need it
 
-        data = save({"center": self.center, "directions": np.ascontiguousarray(self.directions)})
+        named = {f"{_CENTER}{name}": center for name, center in self.centers.items()}
+        data = save({"center": self.center, "directions": np.ascontiguousarray(self.directions), **named})
         about = {"version": _VERSION, "fingerprint": fingerprint, "sha256": hashlib.sha256(data).hexdigest()}
         workspace.write_bytes(f"{folder}/projection.safetensors", data)
         workspace.write_json(f"{folder}/projection.json", about)
@@ -100,20 +112,18 @@ class Projection:
             if about["sha256"] != hashlib.sha256(data).hexdigest():
                 raise ValueError("its checksum does not match")
             arrays = load(data)
-            return cls(arrays["center"], arrays["directions"])
+            centers = {n.removeprefix(_CENTER): c for n, c in arrays.items() if n.startswith(_CENTER)}
+            return cls(arrays["center"], arrays["directions"], centers)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise WorkspaceError(
                 f"{where}: the projection is damaged ({error!r}). Delete the folder and fit it again."
             ) from None
 
 
-def fit_projection(
-    vectors: np.ndarray, settings: ProjectionSettings = PROJECTION, *, centered: bool = True
-) -> Projection:
+def fit_projection(vectors: np.ndarray, settings: ProjectionSettings = PROJECTION) -> Projection:
     """Principal directions of vectors: an SVD of a seeded sample of those that are finite and not zero.
 
-    vectors: float [n, d]. centered: False uses the origin as the center, so vectors keep their common part. Has
-    min(components, d, items used) directions. Raises SchemaError if no vector is usable.
+    vectors: float [n, d]. Has min(components, d, items used) directions. Raises SchemaError if no vector is usable.
     """
     usable = np.flatnonzero(
         np.concatenate(
@@ -131,11 +141,37 @@ def fit_projection(
         drawn = np.random.default_rng(settings.seed).choice(usable, settings.fit_items, replace=False)
         usable = np.sort(drawn)
     sample = np.asarray(vectors[usable], dtype=np.float64)
-    center = sample.mean(axis=0) if centered else np.zeros(sample.shape[1])
-    # SVD of the covariance: the same directions as of the data, at a fraction of the cost.
-    _, _, directions = np.linalg.svd((sample - center).T @ (sample - center), hermitian=True)
+    center = sample.mean(axis=0)
+    _, directions = _principal(sample - center)
     kept = min(settings.components, len(sample))
     return Projection(center.astype(np.float32), directions[:kept].astype(np.float32))
+
+
+def fit_variance(tables: Mapping[str, np.ndarray], share: float) -> Projection:
+    """Principal directions that keep at least `share` of the variance of several tables, each around its own mean:
+    texts about users, about items, and metadata each have a large common direction of their own.
+
+    tables: name -> a sample, float [n, d]; rows that are zero or not finite are left out. Raises SchemaError if no
+    row is usable.
+    """
+    samples = {name: np.asarray(rows, np.float64)[_usable(np.asarray(rows))] for name, rows in tables.items()}
+    samples = {name: rows for name, rows in samples.items() if len(rows)}
+    if not samples:
+        raise SchemaError("vectors: all are zero or not finite, so nothing can be fitted. Encode the texts.")
+    centers = {name: rows.mean(axis=0) for name, rows in samples.items()}
+    variances, directions = _principal(np.concatenate([rows - centers[name] for name, rows in samples.items()]))
+    total = variances.sum()
+    kept = 1 if total == 0 else int(np.searchsorted(np.cumsum(variances) / total, share - 1e-9)) + 1
+    kept = min(kept, max(1, int((variances > 1e-12 * max(total, 1e-300)).sum())))
+    means = {name: center.astype(np.float32) for name, center in centers.items()}
+    center: np.ndarray = np.stack(list(means.values())).mean(axis=0)
+    return Projection(center, directions[:kept].astype(np.float32), means)
+
+
+def _principal(centered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Variances (unscaled) and directions, by an SVD of the covariance: the same as of the data, much cheaper."""
+    _, variances, directions = np.linalg.svd(centered.T @ centered, hermitian=True)
+    return variances, directions
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:

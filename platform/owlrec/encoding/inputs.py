@@ -151,6 +151,34 @@ class ItemMetadata:
 
 
 @dataclass(frozen=True)
+class ColumnTexts:
+    """A text column of users or items, a source of an arm of the recipe's own."""
+
+    kind: Kind
+    column: str
+
+    def digests(self, workspace: Workspace) -> dict[int, str]:
+        """See Input."""
+        return {number: fingerprint(tag, self.column) for number, tag in _tags(workspace, self._folder).items()}
+
+    def count(self, workspace: Workspace, number: int) -> int:
+        """See Input."""
+        return workspace.count_rows(table_file(f"{self.kind}s", number))
+
+    def rows(self, resources: Resources, number: int) -> Rows:
+        """See Input. A column is known at any time, as profiles and attributes are."""
+        path = table_file(f"{self.kind}s", number)
+        table = resources.workspace.read_parquet(path, [f"{self.kind}_id", self.column]).sort_by(f"{self.kind}_id")
+        ids, values = table[f"{self.kind}_id"].to_numpy(), table[self.column].to_pylist()
+        texts = [", ".join(map(str, v)) if isinstance(v, list) else None if v is None else str(v) for v in values]
+        return text_rows(resources, path, ids, np.zeros(len(ids), dtype=np.int64), texts)
+
+    @property
+    def _folder(self) -> str:
+        return f"tables/{self.kind}s"
+
+
+@dataclass(frozen=True)
 class UserMetadata:
     """Profiles of the users table and the histories that the LLM read, each as of its text's moment."""
 
@@ -346,6 +374,7 @@ def _merged(own: Rows, imported: VectorShard) -> Rows:
 # because reading one runs code from the file.
 
 
+KNOWLEDGE = "knowledge"
 _SLICE_VALUES = 1 << 22  # 32 MB as float64
 _BUCKET_BYTES = 1 << 28
 _MOST_BUCKETS = 256  # open files
@@ -360,17 +389,25 @@ class ImportedVectors(BaseModel, frozen=True):
     dim: int
 
 
-def imported_vectors(workspace: Workspace, kind: str) -> ImportedVectors | None:
-    """Imported vectors of a kind, None if there are none."""
-    if workspace.entry(_card(kind)) is None:
+def imported_vectors(workspace: Workspace, kind: str, source: str = KNOWLEDGE) -> ImportedVectors | None:
+    """Imported vectors of a kind and source, None if there are none."""
+    if workspace.entry(_card(kind, source)) is None:
         return None
-    return ImportedVectors.model_validate(workspace.read_json(_card(kind)))
+    return ImportedVectors.model_validate(workspace.read_json(_card(kind, source)))
 
 
 def import_vectors(
-    workspace: Workspace, kind: Kind, npy_path: str | Path, ids_path: str | Path, as_of_ms: int | None = None
+    workspace: Workspace,
+    kind: Kind,
+    npy_path: str | Path,
+    ids_path: str | Path,
+    as_of_ms: int | None = None,
+    source: str = KNOWLEDGE,
 ) -> ImportedVectors:
     """Writes n vectors of one kind into the workspace's shards, replacing earlier imports.
+
+    source: their name as a source of arms (`ctr.arms`), of any dimension; `knowledge` replaces the encoder's vectors of
+    these ids.
 
     npy_path: float [n, dim]. ids_path: int64 [n] as .npy, used unchanged, or a text file with one raw id per
     line (gzip or not), converted by ids.stable_id; aligned with the vectors. as_of_ms: the vectors' cutoff
@@ -389,28 +426,32 @@ def import_vectors(
         raise SourceError(
             f"{npy_path}: the array is {vectors.dtype} {list(vectors.shape)}, but must be float [n, dim]. Convert it."
         )
-    n_shards, before = workspace.n_shards(kind), imported_vectors(workspace, kind)
+    if not source.isidentifier():
+        raise SourceError(f"'{source}' cannot name a source: use letters, digits and _.")
+    n_shards, before = workspace.n_shards(kind), imported_vectors(workspace, kind, source)
     scratch = workspace.scratch()
     try:
         buckets, digest = _spill(vectors, npy_path, ids_path, n_shards, scratch)
         for bucket in buckets:
             _refuse_duplicates(bucket, ids_path)
         named = fingerprint(digest, as_of_ms or 0)
-        imported = ImportedVectors(
-            folder=f"vectors/imported/{named[:16]}-{kind}", rows=len(vectors), dim=vectors.shape[1]
-        )
+        # Under a name of its own, a folder like those of `encode`, which arms read as it is.
+        place, encoder = f"vectors/imported/{named[:16]}-{kind}", ""
+        if source != KNOWLEDGE:
+            place, encoder = f"vectors/imported/{source}/{named[:16]}/{source}-{kind}", f"imported as {source}"
+        imported = ImportedVectors(folder=place, rows=len(vectors), dim=vectors.shape[1])
         for bucket in buckets:
-            _write_shards(workspace, imported.folder, kind, n_shards, bucket, as_of_ms or 0)
+            _write_shards(workspace, imported.folder, kind, n_shards, bucket, as_of_ms or 0, encoder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    workspace.write_json(_card(kind), imported.model_dump(mode="json"))
+    workspace.write_json(_card(kind, source), imported.model_dump(mode="json"))
     if before is not None and before.folder != imported.folder:
         workspace.delete_dir(before.folder)
     return imported
 
 
-def _card(kind: str) -> str:
-    return f"vectors/imported/{kind}.json"
+def _card(kind: str, source: str) -> str:
+    return f"vectors/imported/{kind}.json" if source == KNOWLEDGE else f"vectors/imported/{source}-{kind}.json"
 
 
 def _spill(
@@ -455,7 +496,9 @@ def _refuse_duplicates(bucket: np.ndarray, path: str | Path) -> None:
         )
 
 
-def _write_shards(workspace: Workspace, folder: str, kind: str, n_shards: int, bucket: np.ndarray, as_of: int) -> None:
+def _write_shards(
+    workspace: Workspace, folder: str, kind: str, n_shards: int, bucket: np.ndarray, as_of: int, encoder: str
+) -> None:
     rows = np.array(bucket)
     if kind == "user":
         rows = rows[~read_tombstones(workspace).among(rows["id"])]
@@ -465,7 +508,7 @@ def _write_shards(workspace: Workspace, folder: str, kind: str, n_shards: int, b
         vectors = rows["vector"][at]
         digests = digests_of([vector.tobytes() for vector in vectors])
         moments, no_codes = np.full(len(at), as_of, dtype=np.int64), np.zeros((len(at), 0), np.uint16)
-        table = VectorShard(kind, rows["id"][at], moments, vectors, digests, no_codes).table()
+        table = VectorShard(kind, rows["id"][at], moments, vectors, digests, no_codes, encoder=encoder).table()
         workspace.write_arrow(f"{folder}/{shard_file(int(numbers[at[0]]), '.arrow')}", table, table.schema)
 
 

@@ -31,9 +31,12 @@ from owlrec.cohorts.cohort_model import read_profiles
 from owlrec.ctr.experiment import (
     COLD_ITEM_BELOW,
     COLD_USER_BELOW,
+    DECISIVE,
+    Headline,
     PairedDifference,
     SliceMetrics,
     TrialResult,
+    headlines,
     summarize,
 )
 from owlrec.encoding.compression import QuantizationReport
@@ -174,9 +177,9 @@ _SLICES = 12  # time slices of a job
 _SAMPLES_PER_KIND = 3
 _LENGTH_ROWS = 20_000
 _NOTE = (
-    "Credit a gain to the LLM only if `knowledge` beats both `shuffled` (the same vectors with the wrong "
-    "ids: the effect of the adaptor's extra parameters) and `metadata` (titles, attributes and history "
-    "encoded without an LLM: the effect of the text encoder)."
+    "Credit a gain to the LLM only if `knowledge` beats both `metadata` (titles, attributes and history "
+    "encoded without an LLM: the effect of the text encoder) and `shuffled` (the same vectors with the wrong ids of "
+    "like popularity: the effect of the adaptor's extra parameters)."
 )
 _NOTES_ON_MODELS = {
     PACKAGED: (
@@ -229,6 +232,7 @@ class ReportData(BaseModel):
     finished: str  # date and time, as shown
     hardware: str
     facts: dict[str, str] = {}  # the line of key figures under the title
+    headlines: list[str] = []  # what texts are worth, the decisive comparison first (experiment.headlines)
     protocol: str = ""  # split, label, negatives, seeds
     arms: list[ArmFigures] = []
     stages: list[Card] = []
@@ -272,6 +276,8 @@ class ComparisonRow(NamedTuple):
     base: str
     difference: str
     interval: str
+    verdict: str
+    detectable: str
     rela_imp: str
     seeds: int
 
@@ -352,6 +358,8 @@ def comparison_rows(arms: Sequence[ArmFigures]) -> list[ComparisonRow]:
             base=base,
             difference=f"{paired.auc:+.4f}",
             interval=_interval(paired.interval),
+            verdict=paired.verdict,
+            detectable="" if paired.detectable is None else f"{paired.detectable:.4f}",
             rela_imp="" if paired.rela_imp is None else f"{paired.rela_imp:+.1%}",
             seeds=paired.seeds,
         )
@@ -388,6 +396,8 @@ def heat_rows(arms: Sequence[ArmFigures]) -> list[Row]:
 
 def slice_rows(arms: Sequence[ArmFigures]) -> list[Row]:
     """The table of slices: AUC and log-loss, one column per arm; blank if an arm was not measured."""
+    names = list(dict.fromkeys(a.arm for a in arms))
+    decisive = ("knowledge", DECISIVE) if {"knowledge", DECISIVE} <= set(names) else None
     metrics = {(a.backbone, a.arm, name): metric for a in arms for name, metric in a.slices.items()}
     sizes = {(backbone, name): metric.rows for (backbone, _, name), metric in metrics.items()}
 
@@ -396,9 +406,16 @@ def slice_rows(arms: Sequence[ArmFigures]) -> list[Row]:
             return ""
         return f"{'one class' if metric.auc is None else f'{metric.auc:.4f}'} / {metric.log_loss:.4f}"
 
+    def difference(backbone: str, name: str, arm: str, base: str) -> str:
+        ours, theirs = (metrics.get((backbone, a, name)) for a in (arm, base))
+        if ours is None or theirs is None or ours.auc is None or theirs.auc is None:
+            return ""
+        return f"{ours.auc - theirs.auc:+.4f}"
+
     return [
         {"backbone": backbone, "test rows of": name, "rows": f"{size:,}"}
-        | {arm: cell(metrics.get((backbone, arm, name))) for arm in dict.fromkeys(a.arm for a in arms)}
+        | ({" - ".join(decisive): difference(backbone, name, *decisive)} if decisive else {})
+        | {arm: cell(metrics.get((backbone, arm, name))) for arm in names}
         for (backbone, name), size in sizes.items()
     ]
 
@@ -535,6 +552,7 @@ def collect(
     scores: test scores of the trials, if any: without them differences have no interval.
     """
     stages = {stage: card for stage in REPORTED_STAGES if (card := finished_stage(workspace, stage))}
+    leading = headlines(results, scores)
     folder = stages["generate"].outputs["knowledge"]
     cards = list(Artifact(workspace, folder).cards().values())
     texts = {kind: _some_rows(workspace, folder, kind) for kind in KINDS}
@@ -544,6 +562,7 @@ def collect(
         finished=time.strftime("%Y-%m-%d %H:%M", time.localtime()),
         hardware=hardware_line(),
         facts=dict(facts),
+        headlines=[*map(str, leading), *price_lines(leading, stages["generate"])],
         protocol=protocol,
         arms=arm_figures(results, scores),
         stages=list(stages.values()),
@@ -564,6 +583,25 @@ def collect(
         notes=[_NOTE, model] if model else [_NOTE],
         versions={name: metadata.version(name) for name in ("ray", "pyarrow", "lmdb", "numpy")},
     )
+
+
+def price_lines(leading: Sequence[Headline | str], generated: Card) -> list[str]:
+    """Price of a gain in tokens: none without tokens, or where the decisive difference is unknown.
+
+    leading: output of `headlines`; generated: the card of `generate`. `owlrec plan` knows the machines' prices.
+    """
+    tokens = {name: _total(generated, f"_{name}_tokens") for name in ("prompt", "output")}
+    first = leading[0] if leading else ""
+    if not sum(tokens.values()) or isinstance(first, str):
+        return []
+    paid = " and ".join(f"{short_number(n)} {name} tokens" for name, n in tokens.items())
+    gain = first.difference
+    if gain.verdict != "gain shown":
+        return [f"The texts took {paid}; without a shown gain over {first.base}, .001 of AUC has no price."]
+    points = gain.auc / 0.001
+    each = " and ".join(f"{short_number(n / points)} {name} tokens" for name, n in tokens.items())
+    hours = generated.seconds / 3600 / points
+    return [f"The texts took {paid}: per +.001 AUC over {first.base}, {each}, {hours:.2g} hours of this run's engines."]
 
 
 def lookup_figures(release: Release, ids: np.ndarray) -> dict[str, str]:

@@ -53,10 +53,14 @@ def import_knowledge(recipe: Recipe, workspace: Workspace, source: ImportSource)
     )
 
 
-def import_vectors(workspace: Workspace, kind: Kind, vectors: str, ids: str, as_of_ms: int | None = None) -> int:
-    """Imports vectors, which `encode` then prefers to its own for their ids; returns their number."""
+def import_vectors(
+    workspace: Workspace, kind: Kind, vectors: str, ids: str, as_of_ms: int | None = None, source: str = "knowledge"
+) -> int:
+    """Imports vectors; returns their number. `encode` then prefers those of source `knowledge` to its own for their
+    ids, and arms may read those of another source.
+    """
     stage_header("import", f"{kind} vectors from {vectors}")
-    return shard_vectors(workspace, kind, vectors, ids, as_of_ms).rows
+    return shard_vectors(workspace, kind, vectors, ids, as_of_ms, source).rows
 
 
 def export_knowledge(workspace: Workspace, path: str, kind: Kind | None = None) -> int:

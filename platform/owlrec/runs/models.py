@@ -39,7 +39,7 @@ from owlrec.ctr.experiment import (
     trials,
 )
 from owlrec.ctr.features import FeatureSections, encode_items
-from owlrec.ctr.knowledge_tables import arm_parts, arm_sources, stored_sources
+from owlrec.ctr.knowledge_tables import STREAMING, WRITTEN, arm_parts, arm_sources, stored_sources
 from owlrec.ctr.trainer import read_vocabularies, tables_of
 from owlrec.ctr.training import (
     GridSpec,
@@ -51,11 +51,13 @@ from owlrec.ctr.training import (
     trains_here,
 )
 from owlrec.encoding.compression import Projection
+from owlrec.encoding.inputs import imported_vectors
 from owlrec.encoding.vectors import partitions_folder
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
 from owlrec.evaluation import load_calibration
 from owlrec.generation import VllmEngineConfig, token_counter
 from owlrec.generation.job import check_dead_share
+from owlrec.ids import TABLES
 from owlrec.ops.console import ShardWatch, note, progress, stage_header, table, warn
 from owlrec.ops.report import arm_rows, collect, comparison_rows, render_report
 from owlrec.prompting.frameworks import rank_fingerprint
@@ -98,14 +100,14 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
     Raises RecipeError if a trial has another backbone or arm, or vectors come from another encoder.
     """
     prepared, encoded = finished_stage(workspace, "prepare"), finished_stage(workspace, "encode")
-    if prepared is None or (encoded is None and recipe.ctr.arms != ("none",)):
+    if prepared is None or (encoded is None and recipe.ctr.arm_names != ("none",)):
         raise WorkspaceError(f"{workspace.root}: no tables or vectors yet. Run `prepare` to `encode` first.")
     tables = {"sparse": SPARSE_ABOVE_ROWS, "table_learning_rate": TABLE_LEARNING_RATE}
     settings = recipe.ctr.model_dump(mode="json", exclude=_NOT_IN_FINGERPRINT) | tables
     settings["features"] = _plain(recipe.features)
     soft = soft_labels(recipe, workspace, prepared)
     made_from = [prepared.fingerprint, encoded and encoded.fingerprint, settings, soft and soft.fingerprint]
-    made_from += partitions_read(recipe, workspace)
+    made_from += others_read(recipe, workspace)
     if warm_start is not None:
         read_card(workspace, warm_start)  # raises if there is none
         made_from.append(workspace.digest(f"{warm_start}/model.safetensors"))
@@ -113,7 +115,7 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
     grid = trials(recipe.ctr)
 
     def body() -> tuple[Counts, Outputs]:
-        read = encoded if recipe.ctr.arms != ("none",) else None
+        read = encoded if recipe.ctr.arm_names != ("none",) else None
         written = written_vectors(recipe, workspace, read)
         projection = going_on_from(workspace, warm_start, grid, written) if warm_start else None
         taught = f" and {soft.counts['pairs']:,} probabilities of the LLM" if soft else ""
@@ -126,7 +128,7 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
                 workspace,
                 recipe.ctr,
                 grid,
-                knowledge=reduce_once(workspace, written, recipe.ctr.knowledge_dim, grid_key, pool, projection),
+                knowledge=reduce_once(workspace, written, recipe.ctr.knowledge_variance, grid_key, pool, projection),
                 fingerprint=grid_key,
                 features=recipe.features,
                 workers=recipe.training,
@@ -148,7 +150,7 @@ def train_ctr(recipe: Recipe, workspace: Workspace, *, warm_start: str | None = 
 
     named = fingerprint(grid_key, [t.path for t in grid])
     return execute(
-        workspace, "train_ctr", named, f"{', '.join(recipe.ctr.backbones)} with {len(recipe.ctr.arms)} arms", body
+        workspace, "train_ctr", named, f"{', '.join(recipe.ctr.backbones)} with {len(recipe.ctr.arm_names)} arms", body
     )
 
 
@@ -208,19 +210,30 @@ def vector_folders(workspace: Workspace, *folders: str) -> dict[str, dict[str, s
 
 
 def written_vectors(recipe: Recipe, workspace: Workspace, encoded: Card | None) -> dict[str, dict[str, str]]:
-    """The same for the output of `encode`, plus the partitions read by refreshes if an arm reads them."""
+    """The same for the output of `encode`, plus the partitions read by refreshes and the imported vectors that arms
+    read.
+    """
     folders = [encoded.outputs["vectors"]] if encoded else []
-    return vector_folders(workspace, *folders, *_partitions(recipe))
+    return vector_folders(workspace, *folders, *_partitions(recipe), *_imported(recipe, workspace))
 
 
-def partitions_read(recipe: Recipe, workspace: Workspace) -> list[str]:
-    """Digests of those partitions, on which a grid depends."""
+def others_read(recipe: Recipe, workspace: Workspace) -> list[str]:
+    """Digests of those partitions and folders, on which a grid depends."""
     cards = [c for folder in _partitions(recipe) for c in Artifact(workspace, folder).cards().values()]
-    return sorted(file.sha256 for card in cards for file in card.files.values())
+    return sorted(file.sha256 for card in cards for file in card.files.values()) + _imported(recipe, workspace)
+
+
+def _imported(recipe: Recipe, workspace: Workspace) -> list[str]:
+    """Folders of the imported vectors that arms read by a name of their own; a folder is named by its content."""
+    sources = {(kind, s) for arm in recipe.ctr.own_arms.values() for kind in TABLES for s in getattr(arm, f"{kind}s")}
+    others = [imported_vectors(workspace, kind, s) for kind, s in sorted(sources) if s not in WRITTEN]
+    return [vectors.folder.rpartition("/")[0] for vectors in others if vectors is not None]
 
 
 def _partitions(recipe: Recipe) -> list[str]:
-    return [partitions_folder(recipe.encoder.identity)] if "streaming" in recipe.ctr.arms else []
+    own = recipe.ctr.own_arms.values()
+    reads = {arm_parts(arm).reads for arm in recipe.ctr.arm_names} | {source for arm in own for source in arm.users}
+    return [partitions_folder(recipe.encoder.identity)] if STREAMING in reads else []
 
 
 @contextmanager
@@ -254,8 +267,16 @@ def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
                 protocol=_protocol(recipe, Labels.from_card(prepared).about),
                 facts={k: f"{prepared.counts[k]:,}" for k in ("users", "items", "samples")},
             )
+        encoders = [k for k in TABLES if imported_vectors(workspace, k)]
+        if encoders and "metadata" in recipe.ctr.arm_names:
+            data.notes.append(
+                f"Knowledge vectors of {' and '.join(f'{k}s' for k in encoders)} were imported: its difference to "
+                "`metadata` includes that between the two encoders."
+            )
         report = f"reports/{recipe.name}.html"
         workspace.write_bytes(report, render_report(data).encode())
+        for line in data.headlines:
+            note(line)
         for kind in ("user", "item"):
             for sample in [s for s in data.samples if s.kind == kind][:1]:
                 table(
@@ -274,9 +295,21 @@ def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
         )
         if compared := comparison_rows(data.arms):
             table(
-                "difference in AUC, paired by seed and row; bootstrap intervals over users",
-                ["backbone", "arm", "compared with", "difference", "95 % interval", "RelaImp"],
-                [(r.backbone, r.arm, r.base, r.difference, r.interval, r.rela_imp) for r in compared],
+                "difference in AUC, paired by seed and row; bootstrap intervals over users and seeds",
+                [
+                    "backbone",
+                    "arm",
+                    "compared with",
+                    "difference",
+                    "95 % interval",
+                    "in words",
+                    "detectable",
+                    "RelaImp",
+                ],
+                [
+                    (r.backbone, r.arm, r.base, r.difference, r.interval, r.verdict, r.detectable, r.rela_imp)
+                    for r in compared
+                ],
             )
         for line in data.notes:
             note(line)
@@ -311,11 +344,11 @@ def export_ctr(recipe: Recipe, workspace: Workspace, *, trial: str | None = None
     def body() -> tuple[Counts, Outputs]:
         written = written_vectors(recipe, workspace, encoded)
         folders = reduced_folders(workspace, written, grid)
-        sources = arm_sources(best.arm, folders)
+        sources = arm_sources(best.arm, folders, best.own)
         read = {source: folders[source] for source in stored_sources(sources)}
-        tables = tables_of(best.trial, open_tables(workspace, read, held=False))
         vocabularies = read_vocabularies(workspace, grid_folder(grid))
         items = encode_items(item_shards(workspace, vocabularies), vocabularies)
+        tables = tables_of(best.trial, open_tables(workspace, read, held=False), items.ids)
         projection = next((path for name in read if folders is not written for path in folders[name].values()), None)
         with shard_pool(recipe, workspace) as pool:
             folder = write_artifact(workspace, grid, best.trial, items, projection=projection, pool=pool)
@@ -357,7 +390,7 @@ def export_ctr(recipe: Recipe, workspace: Workspace, *, trial: str | None = None
 
 def _chosen(results: list[TrialResult], path: str | None) -> TrialResult:
     """The best trial on valid whose vectors are in a release; the others are controls."""
-    servable = {r.trial.path: r for r in results if arm_parts(r.arm)[0] in RELEASED}
+    servable = {r.trial.path: r for r in results if _served(r.trial)}
     if path is not None and path not in servable:
         raise RecipeError(
             f"trial '{path}' cannot be exported: it is not trained, or its arm reads no vectors of a release "
@@ -368,25 +401,35 @@ def _chosen(results: list[TrialResult], path: str | None) -> TrialResult:
     return servable[path] if path else max(servable.values(), key=lambda r: r.valid.auc)
 
 
+def _served(trial: Trial) -> bool:
+    parts = arm_parts(trial.arm)
+    everything = {
+        source: ("user", "item") for source in (*WRITTEN, *(trial.own.users + trial.own.items if trial.own else ()))
+    }
+    sources = arm_sources(trial.arm, everything, trial.own)
+    return not parts.shuffled and {*sources.user, *sources.item} <= {*RELEASED}
+
+
 def sweep_ctr(recipe: Recipe, workspace: Workspace, *, grid: SweepGrid | None = None) -> Card:
     """Writes ctr/<fingerprint>/sweep.json, best first, and prints it."""
-    config, arm = recipe.ctr, recipe.ctr.arms[1] if len(recipe.ctr.arms) > 1 else recipe.ctr.arms[0]
+    config, arm = recipe.ctr, recipe.ctr.arm_names[min(1, len(recipe.ctr.arm_names) - 1)]
+    own = config.own_arms.get(arm_parts(arm).reads)
     prepared = needed_stage(workspace, "prepare", "no tables yet")
     encoded = needed_stage(workspace, "encode", "no vectors yet") if arm != "none" else None
     soft = soft_labels(recipe, workspace, prepared)
     made_from = (prepared.fingerprint, encoded and encoded.fingerprint, soft and soft.fingerprint)
-    candidates = (grid or SweepGrid()).candidates(adaptor=arm != "none" and arm_parts(arm)[1] != "codes")
+    candidates = (grid or SweepGrid()).candidates(adaptor=arm != "none" and arm_parts(arm).form != "codes")
     settings = (config, SPARSE_ABOVE_ROWS, TABLE_LEARNING_RATE, candidates, _plain(recipe.features))
-    named = fingerprint(*made_from, *settings, arm, *partitions_read(recipe, workspace), "sweep")
+    named = fingerprint(*made_from, *settings, arm, *others_read(recipe, workspace), "sweep")
     folders = written_vectors(recipe, workspace, encoded)
-    sources = arm_sources(arm, folders)
-    trials = [Trial(backbone=backbone, arm=arm, seed=config.seeds[0]) for backbone in config.backbones]
+    sources = arm_sources(arm, folders, own)
+    trials = [Trial(backbone=backbone, arm=arm, seed=config.seeds[0], own=own) for backbone in config.backbones]
     path = f"{grid_folder(named)}/sweep.json"
 
     def body() -> tuple[Counts, Outputs]:
         with ray_session(recipe.ray, workspace.log_path("ray")):
             pool = stage_pool(workspace, int(prepared.counts["samples"]))
-            read = reduce_once(workspace, folders, config.knowledge_dim, named, pool)
+            read = reduce_once(workspace, folders, config.knowledge_variance, named, pool)
             spec = GridSpec(
                 settings=config,
                 workers=recipe.training,

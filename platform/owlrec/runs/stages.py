@@ -16,9 +16,10 @@ from owlrec.cohorts.building import build_cohorts
 from owlrec.cohorts.clustering import ITERATIONS
 from owlrec.cohorts.cohort_model import POINTER, CohortSettings, previous_folder
 from owlrec.ctr.features import carried_columns
-from owlrec.ctr.knowledge_tables import DISLIKED, arm_parts
+from owlrec.ctr.knowledge_tables import DISLIKED, WRITTEN, arm_parts
 from owlrec.encoding.compression import CODING
 from owlrec.encoding.inputs import (
+    ColumnTexts,
     Input,
     ItemMetadata,
     KnowledgeTexts,
@@ -46,7 +47,7 @@ from owlrec.generation.job import (
     table_inputs,
 )
 from owlrec.generation.vllm_engine import WARM_UP, EngineSetting, MeasuredSetting, measure_setting, on_cpu, sweep
-from owlrec.ids import KINDS, TABLES
+from owlrec.ids import KINDS, TABLES, Kind
 from owlrec.machine import native_errors_to
 from owlrec.ops.console import ShardWatch, note, progress, stage_header, warn
 from owlrec.prompting.prompts import cohort_prompts, collective_fingerprint, prompts_table
@@ -63,7 +64,7 @@ from owlrec.sources.preparation import TABLES as TABLES_FOLDER
 from owlrec.sources.preparation import USER_TABLES, Preparation
 from owlrec.sources.splits import SPLITS
 from owlrec.storage import Pointer, fingerprint
-from owlrec.workspace import Workspace, shards_for
+from owlrec.workspace import Workspace, shards_for, table_file
 
 # ---------------------------------------------------------------------------------------------------------------- stage
 # Shared parts of all stages: their order, skipping finished work, cards, and the Ray session.
@@ -503,7 +504,9 @@ def encode(recipe: Recipe, workspace: Workspace) -> Card:
 
 def _inputs(recipe: Recipe, workspace: Workspace, knowledge: str, folder: str) -> dict[str, Input]:
     """The recipe's inputs: knowledge, and the inputs of its arms."""
-    arms = {arm_parts(arm)[0] for arm in recipe.ctr.arms}
+    arms, own = {arm_parts(arm).reads for arm in recipe.ctr.arm_names}, recipe.ctr.own_arms.values()
+    sources = {(kind, source) for arm in own for kind in TABLES for source in getattr(arm, f"{kind}s")}
+    arms |= {source for _, source in sources}
     inputs: dict[str, Input] = {}
     written = workspace.names(knowledge)
     for kind in KINDS:
@@ -516,13 +519,30 @@ def _inputs(recipe: Recipe, workspace: Workspace, knowledge: str, folder: str) -
             inputs[f"knowledge-{kind}"] = texts
     if "metadata" in arms:
         inputs |= {"metadata-user": UserMetadata(), "metadata-item": ItemMetadata()}
+    for kind, source in sorted(sources):
+        if source not in WRITTEN and imported_vectors(workspace, kind, source) is None:
+            inputs[f"{source}-{kind}"] = _column(workspace, kind, source)
     # Without individual knowledge, `shuffled` reads that of cohorts.
-    reads = {"collective", "both"} | ({"shuffled"} if recipe.prompts.mode == "collective" else set())
+    shuffled = any(arm_parts(arm).shuffled for arm in recipe.ctr.arm_names)
+    reads = {"collective", "both"} | ({"knowledge"} if shuffled and recipe.prompts.mode == "collective" else set())
     cohorts = cohorts_folder(recipe, workspace) if recipe.prompts.mode != "individual" else None
     if cohorts is not None and arms & reads:
         inputs |= {f"collective-{kind}": Members(cohorts, folder, kind) for kind in TABLES}
         inputs[f"{DISLIKED}-user"] = Members(cohorts, folder, "user", disliked=True)
     return inputs
+
+
+def _column(workspace: Workspace, kind: Kind, source: str) -> ColumnTexts:
+    """Texts of a column of users or items. Raises RecipeError with the arm's source if the table has no such column."""
+    columns = workspace.parquet_file(table_file(f"{kind}s", 0)).schema_arrow.names
+    if source not in columns:
+        hint = did_you_mean(source, [*WRITTEN, *columns[2:]])
+        raise RecipeError(
+            f"ctr.arms: there is no source '{source}' of {kind}s: `encode` writes none, no vectors were imported under "
+            f"this name (`owlrec knowledge import-vectors --source {source}`), and table {kind}s has no such "
+            f"column.{hint}"
+        )
+    return ColumnTexts(kind, source)
 
 
 def _refuse_other_dim(recipe: Recipe, path: str, dim: int) -> None:

@@ -1,8 +1,8 @@
 """Backbones: their interface, and nine published ones: products of fields, attention over fields or behaviors.
 
-A backbone sees only embeddings. Knowledge, if the arm has it, is two more fields (user, item) of the same
-width as all others, so field models (FM, CIN, attention over fields) need no special case, as in
-KAR (RecSys 2024, sec. 3.4).
+A backbone sees only embeddings. Knowledge, if the arm has it, is a few more fields of the same width as all others (of
+the user, of the item, their product, similarities to the history), so field models (FM, CIN, attention over fields)
+need no special case, as in KAR (RecSys 2024, sec. 3.4).
 """
 
 from abc import ABC, abstractmethod
@@ -23,9 +23,9 @@ from torch.nn import functional as F
 class InputShape:
     """Sizes that a backbone needs to build its layers."""
 
-    item_fields: int  # item id and features
+    item_fields: int  # item id, features and prefixes of the semantic id
     profile_fields: int  # features of users and of the interaction, and further sequences
-    knowledge_fields: int  # 2 per form of knowledge (vectors, semantic ids), or 0 without knowledge
+    knowledge_fields: int  # see ModelSpec; 0 without knowledge
     embed_dim: int
     side_fields: int = 1  # of a behavior: its outcome and, if recorded, its event
 
@@ -82,7 +82,7 @@ class BackboneInputs:
     history: Tensor
     mask: Tensor  # bool [b or 1, L], False for padding
     profile: Tensor  # float32 [b or 1, profile_fields, e]
-    knowledge: Tensor | None  # float32 [b, knowledge_fields, e]: the user's, then the item's
+    knowledge: Tensor | None  # float32 [b, knowledge_fields, e]
     behaviors: TableRows | None = None  # the history as rows of tables, if a batch repeats items
 
     def mean_history(self) -> Tensor:
@@ -182,7 +182,7 @@ class DeepFM(Backbone):
 # Each layer of the network (CIN, sec. 3.1) weights the products of all pairs of its own and the original feature maps,
 # component by component, so a map stays a vector of the embedding's width. There is no activation, which the paper
 # found best. Components come before maps in memory here, so a layer is one matrix product. The linear term is a learned
-# projection of the embeddings, since a backbone sees nothing else. Knowledge is two more fields of all three parts.
+# projection of the embeddings, since a backbone sees nothing else. Knowledge is more fields of all three parts.
 
 
 # Maps of each layer. The paper's 200 cost ten times as much; KAR has 50, 50.
@@ -275,10 +275,8 @@ class DCNv1(Backbone):
 # DCN-V2 (Wang et al., WWW 2021), parallel form: a cross network and a deep network side by side over all fields.
 #
 # A cross layer is x_{l+1} = x_0 * (W x_l + b) + x_l with a full-rank W. At our input width (about 300) the
-# paper's low-rank form saves nothing.
-#
-# With knowledge, W is block-diagonal: the knowledge fields are crossed with each other, so a user's taste meets an
-# item's facts. Only the deep network reads them together with the others. A full W would be 1.7 times as large.
+# paper's low-rank form saves nothing. Knowledge is crossed with all other fields, as in KAR: what a text says may mean
+# something else for another item or history.
 
 
 class MatrixCross(nn.Module):
@@ -301,17 +299,15 @@ class DCNv2(Backbone):
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)
-        width, knowledge_width = shape.n_fields * shape.embed_dim, shape.knowledge_fields * shape.embed_dim
-        self.blocks = [width - knowledge_width, knowledge_width] if knowledge_width else [width]  # knowledge comes last
-        self.cross = nn.ModuleList(MatrixCross(block) for block in self.blocks)
+        width = shape.n_fields * shape.embed_dim
+        self.cross = MatrixCross(width)
         self.deep = mlp(width, hidden_dims, dropout)
         self.head = nn.Linear(width + hidden_dims[-1], 1)
 
     def forward(self, inputs: BackboneInputs) -> Tensor:
         """float32 [b]: logits."""
         fields = inputs.fields().flatten(1)
-        crossed = [cross(block) for cross, block in zip(self.cross, fields.split(self.blocks, dim=1), strict=True)]
-        return self.head(torch.cat([*crossed, self.deep(fields)], dim=1)).squeeze(-1)
+        return self.head(torch.cat([self.cross(fields), self.deep(fields)], dim=1)).squeeze(-1)
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -352,7 +348,7 @@ class FieldAttention(nn.Module):
 
 
 class AutoInt(Backbone):
-    """Knowledge is two more fields; attention relates them to the others."""
+    """Knowledge is more fields; attention relates them to the others."""
 
     def __init__(self, shape: InputShape, *, hidden_dims: Sequence[int], dropout: float) -> None:
         super().__init__(shape, hidden_dims=hidden_dims, dropout=dropout)
@@ -379,7 +375,7 @@ class AutoInt(Backbone):
 # field (the paper's field-each type), computed from the embeddings and from the weighted embeddings with the same
 # matrices. The gate ends in a sigmoid, as in the SENET for images, while the paper has a ReLU: embeddings start near
 # zero, and with a ReLU half of the weighted fields start at exactly zero and the others too small to learn from. The
-# linear term is a learned projection of the embeddings. Knowledge is two more fields throughout.
+# linear term is a learned projection of the embeddings. Knowledge is more fields throughout.
 
 
 FIBINET_REDUCTION = 3  # the paper's: the gate's hidden layer has a third of the fields
@@ -446,7 +442,7 @@ class FiBiNET(Backbone):
 # embeddings are near zero. A message passes a matrix of its sender, the edge's weight and a matrix of its receiver. A
 # GRU reads it, and the starting state is added after each step. A linear layer scores each node, and an MLP over
 # all nodes weights the scores between 0 and 1. The paper uses an MLP that scores single nodes: on a toy world
-# it died in two of three runs, since all nodes of all rows look alike to it at first. Knowledge is two more nodes.
+# it died in two of three runs, since all nodes of all rows look alike to it at first. Knowledge is more nodes.
 
 
 FIGNN_STEPS = 2  # as in KAR; the paper does best with 2 or 3
