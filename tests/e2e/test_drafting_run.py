@@ -1,11 +1,12 @@
-"""Two runs with the real model in a bucket: what the first publishes drafts for the second, whose prompts differ a
-little."""
+"""Two runs of vLLM in a bucket: what the first publishes drafts for the second, whose prompts differ a little."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
+from toy_taste import toy_texts  # type: ignore[import-not-found]
 
 from owlrec.generation.job import decoder_counters, read_knowledge
 from owlrec.shards import Artifact, finished_stage
@@ -17,6 +18,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
 
 def test_a_release_drafts_for_the_next_generation(tmp_path: Path, s3_root: str) -> None:
     recipe, workspace = tmp_path / "drafting.yaml", Workspace(s3_root)
+    model = write_tiny_ranker(tmp_path / "model", toy_texts())
 
     def run(history_tokens: int, last: str) -> None:
         recipe.write_text(
@@ -28,8 +30,8 @@ def test_a_release_drafts_for_the_next_generation(tmp_path: Path, s3_root: str) 
             shard_rows: 64
             prompts: {{history_tokens: {history_tokens}, mode: both}}
             cohorts: {{mean_size: 8}}
-            engine: {{type: vllm, model: smollm2-135m, max_model_len: 512, max_num_seqs: 2, kv_cache_gib: 1,
-                      engine_args: {{enforce_eager: true}}}}
+            engine: {{type: vllm, model: {model}, dtype: float32, max_model_len: 1024, max_num_seqs: 2, threads: 1,
+                      kv_cache_gib: 1, engine_args: {{enforce_eager: true}}}}
             encoder: {{model: hashing}}
             sampling: {{max_tokens: 12}}
             decoding: {{mode: strict}}
