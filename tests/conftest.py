@@ -3,6 +3,7 @@ cache.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,12 +53,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--lane", choices=("main", "e2e", "beside"), help="of the suite: see tests/lanes.py")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Does not import what holds no test of the lane: the decoder's tests alone import vLLM, ten seconds of it."""
+    lane = config.getoption("--lane")
+    return True if lane and collection_path.suffix == ".py" and not may_hold(collection_path, lane) else None
+
+
+def may_hold(path: Path, lane: str) -> bool:
+    """Whether a file may hold tests of a lane, by its text; all may hold those of `beside`."""
+    if lane == "beside" or not path.name.startswith("test_"):
+        return True
+    text = path.read_text()
+    return (
+        "mark.e2e" in text
+        if lane == "e2e"
+        else re.search(r"mark\.ray|ray_local", text) is not None or path.parent.name in WATCHING
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves the lane that was asked for; what watches the clock comes last in its own, when another may be done."""
     wanted = config.getoption("--lane")
     if wanted is None:
         return
     lanes = {lane: [item for item in items if lane_of(item) == lane] for lane in ("main", "e2e", "beside")}
+    for lane, theirs in lanes.items():
+        assert all(may_hold(item.path, lane) for item in theirs), f"a test of {lane} would not be collected there"
     items[:] = sorted(lanes.pop(wanted), key=watches_the_clock)
     config.hook.pytest_deselected(items=[item for others in lanes.values() for item in others])
 
