@@ -31,6 +31,7 @@ os.environ.update(
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
     RAY_TRAIN_ENABLE_STATE_TRACKING="0",
+    RAY_prestart_worker_first_driver="0",  # idle workers without our PYTHONPATH, which nothing could run on
     RAY_worker_niceness="0",  # Ray's 15 would leave the cluster's workers a thirtieth of what the other lane gets
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",

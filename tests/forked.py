@@ -15,10 +15,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 _SERVER = multiprocessing.get_context("forkserver")
-_IMPORTED = ["owlrec.cli", *(f"owlrec.runs.{name}" for name in ("stages", "models", "upkeep", "exchange"))]
-_IMPORTED += ["faiss", "ray.data", "ray.train", "sklearn.cluster"]
-assert all(map(importlib.util.find_spec, _IMPORTED)), "the server would silently go on without a module"
-_SERVER.set_forkserver_preload(_IMPORTED)
+_OURS = ["owlrec.cli", *(f"owlrec.runs.{name}" for name in ("stages", "models", "upkeep", "exchange"))]
+assert all(map(importlib.util.find_spec, _OURS)), "the server would go on without a module, and say nothing"
+_SERVER.set_forkserver_preload([*_OURS, "faiss", "ray.data", "ray.train", "sklearn.cluster"])
 
 
 class Forked:

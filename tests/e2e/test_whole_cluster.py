@@ -26,7 +26,6 @@ from owlrec.workspace import Workspace
 pytestmark = pytest.mark.e2e
 # On Ray's actors and on Ray Train's workers, which begin in folders of their own.
 ON_RAY = """
-cohorts: {}
 streaming: {partitions: 3}
 generate: {replicas: [2, 2], engine_cpus: 1}
 training: {num_workers: 2}
@@ -47,7 +46,7 @@ def test_from_ratings_to_answers_over_http(echo_recipe: Path, tmp_path: Path, he
 
     plain = ray_job(head, python, "python", "-m", "pipelines.prepare", str(echo_recipe))
     assert plain.returncode == 0, plain.stdout + plain.stderr
-    for stage in ("cohorts", "generate", "encode", "publish", "train_ctr"):
+    for stage in ("generate", "encode", "publish", "train_ctr"):
         submit(head, stage, echo_recipe)
         assert finished_stage(workspace, stage) is not None
     assert knowledge_rows(tmp_path / "ws") == rows_of_the_local_command(plain_recipe, tmp_path / "local")
