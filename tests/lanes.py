@@ -1,10 +1,10 @@
 """`make test` and `make check`: several pytests at once, for two cores.
 
-`make test` is the whole suite. Tests of whole runs and jobs (`e2e`, in two parts) and tests that ask the one cluster and
-servers (`main`) wait for processes most of the time, so each leaves the others room. What computes (`beside`), vLLM's
-engines among it, gets the processor whenever nobody else wants it (SCHED_IDLE; the lowest priority where the system
-knows no such class), in two parts, which have a core each when the others are done. `make check` is what only computes,
-in two halves of about the same length.
+`make test` is the whole suite. Tests of whole runs and jobs (`e2e`, in two parts) and tests that ask the one cluster
+and servers (`main`) wait for processes most of the time, so each leaves the others room. What computes (`beside`),
+vLLM's engines among it, gets the processor whenever nobody else wants it (SCHED_IDLE; the lowest priority where the
+system knows no such class), in two parts, which have a core each when the others are done. `make check` is what only
+computes, in two halves of about the same length.
 
 `python tests/lanes.py ARGUMENTS` passes its arguments to all, --check aside and --coverage, with which lines of
 platform/owlrec are counted in every process that they start; `pytest` alone runs everything in one process.

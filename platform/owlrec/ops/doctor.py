@@ -150,8 +150,8 @@ def check_builds(versions: Mapping[str, str | None], media: Mapping[str, str | N
 
 
 def check_imports(syntax: str | None) -> list[Check]:
-    """Warns of rfc3987-syntax (its version, None if missing), which Jupyter installs. Ray imports it by way of jsonschema,
-    though neither needs it, and it compiles a grammar on import.
+    """Warns of rfc3987-syntax (its version, None if missing), which Jupyter installs: Ray imports jsonschema, which
+    imports it without need, and it compiles a grammar on import.
     """
     if not syntax:
         return []
