@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 NO_TEST_CHOSEN = 5  # what pytest ends with where ARGUMENTS leave a lane none
 # Threads that wait for each other by spinning take what other lanes need: OpenMP's are to sleep, or to be one.
@@ -26,6 +27,8 @@ ALONE = SLEEPING | {"OMP_NUM_THREADS": "1"}
 TIMEOUT = "--timeout=1800"  # for a test: three times what one that runs alone may take
 ONLY_COMPUTES = "not (ray or vllm or e2e or process)"
 MODELS = ("tests/ctr", "tests/cohorts")  # where half of that time goes
+# Files of engines alone: to collect them imports vLLM, ten seconds of it.
+ENGINES = [path for path in Path("tests").rglob("test_*.py") if "\npytestmark = pytest.mark.vllm" in path.read_text()]
 HEADS = tuple(f"tests/e2e/test_{name}.py" for name in ("autoscaling", "resubmission", "whole_cluster"))
 
 
@@ -55,7 +58,7 @@ TEST = (
     Lane(("--lane", "beside", *MODELS), ALONE, give_way),
 )
 CHECK = (
-    Lane(("-m", ONLY_COMPUTES, *(f"--ignore={folder}" for folder in MODELS)), ALONE),
+    Lane(("-m", ONLY_COMPUTES, *(f"--ignore={path}" for path in (*MODELS, *ENGINES))), ALONE),
     Lane(("-m", ONLY_COMPUTES, *MODELS), ALONE),
 )
 
