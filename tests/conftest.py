@@ -20,6 +20,7 @@ from processes import command_lines
 from s3 import s3_server
 
 from owlrec import schema
+from owlrec.machine import cache_folder
 from owlrec.shards import finish_stage
 from owlrec.sources.outcomes import Labels
 from owlrec.workspace import Workspace
@@ -129,6 +130,14 @@ def _no_process_left_behind() -> Iterator[None]:
     _, alive = psutil.wait_procs(left, timeout=20)
     names = [f"{p.pid} {line[:80]}" for p, line in command_lines(alive).items()]
     assert not names, f"processes left behind: {names}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A cache of this run alone, since every fetch looks through all copies; converted models are everybody's."""
+    models, folder = cache_folder("models"), tmp_path_factory.mktemp("cache")
+    (folder / "models").symlink_to(models)
+    os.environ["OWLREC_CACHE"] = str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -41,11 +41,11 @@ def write_shards(
     return VectorShards(workspace, "v", "knowledge-user")
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(
     st.dictionaries(st.integers(-(2**63), 2**63 - 1), st.integers(-2048, 2048), min_size=1, max_size=40),
     st.lists(st.integers(-(2**63), 2**63 - 1), max_size=10),
-    st.sampled_from([1, 4, 16]),
+    st.sampled_from([1, 4, 64]),
 )
 def test_gather_equals_a_dictionary(held: dict[int, int], others: list[int], n_shards: int) -> None:
     """Integers to 2,048 are exact in float16."""
@@ -67,7 +67,7 @@ def test_gather_equals_a_dictionary(held: dict[int, int], others: list[int], n_s
     assert sorted(i for shard in written if shard for i in shard.ids.tolist()) == sorted(held)
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(
     st.sets(st.tuples(st.integers(0, 6), st.integers(1, 9)), min_size=1, max_size=30),
     st.lists(st.tuples(st.integers(0, 7), st.integers(0, 11)), max_size=20),
