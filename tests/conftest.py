@@ -3,6 +3,7 @@ cache.
 """
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from processes import command_lines
 from s3 import s3_server
 
 from owlrec import schema
+from owlrec.machine import cache_folder
 from owlrec.shards import finish_stage
 from owlrec.sources.outcomes import Labels
 from owlrec.workspace import Workspace
@@ -30,6 +32,7 @@ os.environ.update(
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
     RAY_TRAIN_ENABLE_STATE_TRACKING="0",
+    RAY_prestart_worker_first_driver="0",  # idle workers without our PYTHONPATH, which nothing could run on
     RAY_worker_niceness="0",  # Ray's 15 would leave the cluster's workers a thirtieth of what the other lane gets
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
@@ -52,12 +55,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--lane", choices=("main", "e2e", "beside"), help="of the suite: see tests/lanes.py")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Does not import what holds no test of the lane: the decoder's tests alone import vLLM, ten seconds of it."""
+    lane = config.getoption("--lane")
+    return True if lane and collection_path.suffix == ".py" and not may_hold(collection_path, lane) else None
+
+
+def may_hold(path: Path, lane: str) -> bool:
+    """Whether a file may hold tests of a lane, by its text; all may hold those of `beside`."""
+    if lane == "beside" or not path.name.startswith("test_"):
+        return True
+    text = path.read_text()
+    return (
+        "mark.e2e" in text
+        if lane == "e2e"
+        else re.search(r"mark\.ray|ray_local", text) is not None or path.parent.name in WATCHING
+    )
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves the lane that was asked for; what watches the clock comes last in its own, when another may be done."""
     wanted = config.getoption("--lane")
     if wanted is None:
         return
     lanes = {lane: [item for item in items if lane_of(item) == lane] for lane in ("main", "e2e", "beside")}
+    for lane, theirs in lanes.items():
+        assert all(may_hold(item.path, lane) for item in theirs), f"a test of {lane} would not be collected there"
     items[:] = sorted(lanes.pop(wanted), key=watches_the_clock)
     config.hook.pytest_deselected(items=[item for others in lanes.values() for item in others])
 
@@ -107,6 +130,14 @@ def _no_process_left_behind() -> Iterator[None]:
     _, alive = psutil.wait_procs(left, timeout=20)
     names = [f"{p.pid} {line[:80]}" for p, line in command_lines(alive).items()]
     assert not names, f"processes left behind: {names}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A cache of this run alone, since every fetch looks through all copies; converted models are everybody's."""
+    models, folder = cache_folder("models"), tmp_path_factory.mktemp("cache")
+    (folder / "models").symlink_to(models)
+    os.environ["OWLREC_CACHE"] = str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ A forked command is a process of its own, which can be killed and whose exit cod
 what it saves is the imports, three CPU seconds each.
 """
 
-import importlib
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -15,15 +15,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(
-    [
-        "owlrec.cli",
-        *(f"owlrec.runs.{name}" for name in ("batch", "ctr", "refresh")),
-        "faiss",
-        "ray.data",
-        "sklearn.cluster",
-    ]
-)
+_OURS = ["owlrec.cli", *(f"owlrec.runs.{name}" for name in ("stages", "models", "upkeep", "exchange"))]
+assert all(map(importlib.util.find_spec, _OURS)), "the server would go on without a module, and say nothing"
+_SERVER.set_forkserver_preload([*_OURS, "faiss", "ray.data", "ray.train", "sklearn.cluster"])
 
 
 class Forked:

@@ -1,10 +1,10 @@
 """`make test` and `make check`: several pytests at once, for two cores.
 
-`make test` is the whole suite. Tests of whole runs and jobs (`e2e`) and tests that ask the one cluster and servers
-(`main`) wait for processes half of the time, so each leaves the other room. What computes (`beside`), vLLM's engines
-among it, gets the processor whenever nobody else wants it (SCHED_IDLE; the lowest priority where the system knows no
-such class), in two parts, which have a core each when the others are done. `make check` is what only computes, in two
-halves of about the same length.
+`make test` is the whole suite. Tests of whole runs and jobs (`e2e`, in two parts) and tests that ask the one cluster
+and servers (`main`) wait for processes most of the time, so each leaves the others room. What computes (`beside`),
+vLLM's engines among it, gets the processor whenever nobody else wants it (SCHED_IDLE; the lowest priority where the
+system knows no such class), in two parts, which have a core each when the others are done. `make check` is what only
+computes, in two halves of about the same length.
 
 `python tests/lanes.py ARGUMENTS` passes its arguments to all, --check aside and --coverage, with which lines of
 platform/owlrec are counted in every process that they start; `pytest` alone runs everything in one process.
@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 NO_TEST_CHOSEN = 5  # what pytest ends with where ARGUMENTS leave a lane none
 # Threads that wait for each other by spinning take what other lanes need: OpenMP's are to sleep, or to be one.
@@ -26,6 +27,9 @@ ALONE = SLEEPING | {"OMP_NUM_THREADS": "1"}
 TIMEOUT = "--timeout=1800"  # for a test: three times what one that runs alone may take
 ONLY_COMPUTES = "not (ray or vllm or e2e or process)"
 MODELS = ("tests/ctr", "tests/cohorts")  # where half of that time goes
+# Files of engines alone: to collect them imports vLLM, ten seconds of it.
+ENGINES = [path for path in Path("tests").rglob("test_*.py") if "\npytestmark = pytest.mark.vllm" in path.read_text()]
+HEADS = tuple(f"tests/e2e/test_{name}.py" for name in ("autoscaling", "resubmission", "whole_cluster"))
 
 
 def give_way() -> None:
@@ -48,12 +52,13 @@ class Lane:
 # The first is seen while it runs, the others are printed when they are done.
 TEST = (
     Lane(("--lane", "main"), SLEEPING),
-    Lane(("--lane", "e2e"), SLEEPING),
+    Lane(("--lane", "e2e", *HEADS), SLEEPING),
+    Lane(("--lane", "e2e", *(f"--ignore={file}" for file in HEADS)), SLEEPING),
     Lane(("--lane", "beside", *(f"--ignore={folder}" for folder in MODELS)), ALONE, give_way),
     Lane(("--lane", "beside", *MODELS), ALONE, give_way),
 )
 CHECK = (
-    Lane(("-m", ONLY_COMPUTES, *(f"--ignore={folder}" for folder in MODELS)), ALONE),
+    Lane(("-m", ONLY_COMPUTES, *(f"--ignore={path}" for path in (*MODELS, *ENGINES))), ALONE),
     Lane(("-m", ONLY_COMPUTES, *MODELS), ALONE),
 )
 

@@ -33,6 +33,9 @@ from owlrec.errors import WorkspaceError
 # ---------------------------------------------------------------------------------------------------------- environment
 
 
+_LOCK, _PART = ".lock", ".part"  # suffixes in the folder of copies: of locks, and of copies that are arriving
+
+
 def cache_folder(*parts: str) -> Path:
     """A folder in OwlRec's cache, created if missing."""
     base = os.environ.get("OWLREC_CACHE") or Path.home() / ".cache" / "owlrec"
@@ -45,7 +48,11 @@ def cache_bytes(folder: Path) -> int:
     """Maximum bytes of copied files below `folder`."""
     if limit := os.environ.get("OWLREC_CACHE_GIB"):
         return int(float(limit) * 2**30)
-    held = sum(path.stat().st_size for path in folder.iterdir())
+    held = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                held += 0 if entry.name.endswith(_LOCK) else entry.stat().st_size
     return (shutil.disk_usage(folder).free + held) // 2
 
 
@@ -234,7 +241,7 @@ class NodeCache:
 
     def _fetch(self, path: Path, size: int, fetch: Callable[[Path], None], sha256: str | None) -> None:
         self.make_room(size)
-        temporary = path.with_name(f"{path.name}.part")
+        temporary = path.with_name(f"{path.name}{_PART}")
         try:
             fetch(temporary)
             if temporary.stat().st_size != size:
@@ -258,7 +265,7 @@ class NodeCache:
         for path, bytes_, _ in copies:
             if used + size <= self.max_bytes and shutil.disk_usage(self.folder).free >= size:
                 return
-            if self._evict(path):
+            if self._evict(Path(path)):
                 used -= bytes_
         if used + size > self.max_bytes:
             raise WorkspaceError(
@@ -276,7 +283,7 @@ class NodeCache:
         """Removes all copies of some files (Storage.copy_name); returns how many, and how many stay because they are
         open.
         """
-        copies = [path for path, _, _ in self._copies() if path.name.partition("-")[0] in names]
+        copies = [path for copy, _, _ in self._copies() if (path := Path(copy)).name.partition("-")[0] in names]
         evicted = sum(self._evict(path) for path in copies)
         return evicted, len(copies) - evicted
 
@@ -293,20 +300,23 @@ class NodeCache:
         finally:
             os.close(lock)
 
-    def _copies(self) -> list[tuple[Path, int, float]]:
+    def _copies(self) -> list[tuple[str, int, float]]:
+        """Path, bytes and time of last use. Every fetch comes here, and there may be many thousands."""
         copies = []
-        for path in self.folder.iterdir():
-            with suppress(FileNotFoundError):
-                info = path.stat()
-                if path.suffix == ".part":
-                    if time.time() - info.st_mtime > _STALE_S:
-                        path.unlink(missing_ok=True)
-                elif path.suffix != ".lock":
-                    copies.append((path, info.st_size, info.st_mtime))
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if entry.name.endswith(_LOCK):
+                    continue
+                with suppress(FileNotFoundError):
+                    info = entry.stat()
+                    if not entry.name.endswith(_PART):
+                        copies.append((entry.path, info.st_size, info.st_mtime))
+                    elif time.time() - info.st_mtime > _STALE_S:
+                        os.unlink(entry.path)
         return copies
 
     def _lock(self, key: str) -> int:
-        return os.open(self.folder / f"{key}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        return os.open(self.folder / f"{key}{_LOCK}", os.O_RDWR | os.O_CREAT, 0o644)
 
     @staticmethod
     def _there(path: Path, size: int) -> bool:

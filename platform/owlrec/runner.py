@@ -93,7 +93,8 @@ class StageMetrics:
 
 _IDLE_PASSES = 3
 _POLLED = 64  # shards checked per poll
-_POLL_S = 5.0  # interval of polls for shards claimed by other runs
+_POLL_S = 5.0  # longest interval of polls for shards claimed by other runs
+_FIRST_POLL_S = 0.25  # which doubles
 _WORKERS_LOST = 3  # workers lost on one shard in one run, after which the run stops
 _T = TypeVar("_T")
 _ATTEMPTS = 3  # attempts at a shard with unexpected failures, such as a lost connection
@@ -244,7 +245,7 @@ def run_stage(
     present = pending_shards(workspace, stage.folder, inputs)[1] if done is None else done
     cards = {name: card for name, card in present.items() if name not in run.again}
     left = [shard for shard in inputs if shard.name not in cards]
-    idle, verified, new = 0, False, list[str]()
+    idle, pause, verified, new = 0, _FIRST_POLL_S, False, list[str]()
 
     def finish(card: Card) -> None:
         if card.shard not in cards:
@@ -270,7 +271,8 @@ def run_stage(
                 )
         left = [s for s in left if s.name not in cards]
         if left:
-            time.sleep(min(pool.lease_s / 4, _POLL_S))
+            time.sleep(min(pool.lease_s / 4, pause))
+            pause = min(2 * pause, _POLL_S)
             looked_at = left[:_POLLED]
             for shard, theirs in zip(looked_at, in_threads(run.artifact.card, looked_at), strict=True):
                 if theirs is not None and run.is_done(theirs, inputs[shard]):

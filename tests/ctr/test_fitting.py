@@ -152,19 +152,12 @@ def test_a_vector_that_is_no_number_is_refused_with_its_id(data: TrainingData) -
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_bfloat16_learns_what_float32_learns(data: TrainingData, backbone: str) -> None:
-    config = CONFIG.model_copy(update={"precision": "bfloat16", "epochs": 4})
-    result = train_one(trial("knowledge", backbone), data, config).result
-    assert result.test.auc > 0.95
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_table_may_be_a_large_one(data: TrainingData, backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_and_large_tables_learn_as_much(
+    data: TrainingData, backbone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trainer, "SPARSE_ABOVE_ROWS", 0)
-    monkeypatch.setattr(
-        trainer, "TABLE_LEARNING_RATE", 0.05
-    )  # as the toy world's dense weights, it learns in few steps
-    config = CONFIG.model_copy(update={"epochs": 4})
+    monkeypatch.setattr(trainer, "TABLE_LEARNING_RATE", 0.05)  # as this world's dense weights, it learns in few steps
+    config = CONFIG.model_copy(update={"precision": "bfloat16", "epochs": 4})
     assert train_one(trial("knowledge", backbone), data, config).result.test.auc > 0.95
 
 

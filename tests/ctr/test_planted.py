@@ -1,4 +1,4 @@
-"""Planted knowledge: every backbone finds it, in vectors and in sentences, and finds nothing where it is shuffled.
+"""Planted knowledge: models find it, in vectors and in sentences, and finds nothing where it is shuffled.
 
 The world is the benchmark's (`python -m benchmarks.ctr --only planted`), smaller: there a shuffled arm must lie within
 .003 of none, here within what a test split of this size can tell.
@@ -21,14 +21,13 @@ from benchmarks.planted import (
     trait_sentences,
     trait_vectors,
 )
-from owlrec.ctr.backbones import BACKBONES
 from owlrec.ctr.experiment import Arm, CTRConfig, Trial
 from owlrec.ctr.trainer import TrainingData, train_one
 from owlrec.encoding.vectors import Encoder, EncoderConfig
 from owlrec.evaluation import auc
 
 torch.set_num_threads(1)
-CONFIG = CTRConfig(embed_dim=8, hidden_dims=(32, 16), batch_size=256, learning_rate=0.005, epochs=5, patience=1)
+CONFIG = CTRConfig(embed_dim=8, hidden_dims=(32, 16), batch_size=256, learning_rate=0.005, epochs=6, patience=2)
 
 
 @pytest.fixture(scope="module")
@@ -41,28 +40,25 @@ def data(world: PlantedWorld) -> TrainingData:
     return world.data(trait_vectors(world.user_traits, seed=1), trait_vectors(world.item_traits, seed=2))
 
 
-def gains(data: TrainingData, backbone: str) -> dict[Arm, float]:
-    """Test AUC of the arms with knowledge less that of none."""
-    arms: tuple[Arm, ...] = ("none", "knowledge", "shuffled")
-    aucs = {arm: train_one(Trial(backbone=backbone, arm=arm, seed=0), data, CONFIG).result.test.auc for arm in arms}
-    return {arm: aucs[arm] - aucs["none"] for arm in arms}
+def auc_of(backbone: str, arm: Arm, given: TrainingData) -> float:
+    return train_one(Trial(backbone=backbone, arm=arm, seed=0), given, CONFIG).result.test.auc
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_every_backbone_finds_what_true_knowledge_tells(world: PlantedWorld, data: TrainingData, backbone: str) -> None:
+# Those that found less before products were fields; the benchmark asks it of all nine, test_fitting.py a smaller world.
+@pytest.mark.parametrize("backbone", ["din", "dien"])
+def test_a_backbone_finds_what_true_knowledge_tells(world: PlantedWorld, data: TrainingData, backbone: str) -> None:
     best, blind = world.ceiling()
-    gain = gains(data, backbone)
-    assert gain["knowledge"] >= 0.9 * (best - blind)
-    assert abs(gain["shuffled"]) <= 0.012
+    assert auc_of(backbone, "knowledge", data) - auc_of(backbone, "none", data) >= 0.9 * (best - blind)
 
 
-def test_sentences_tell_it_as_vectors_do(world: PlantedWorld) -> None:
+def test_true_knowledge_alone_gains_in_vectors_as_in_sentences(world: PlantedWorld, data: TrainingData) -> None:
     encoder = Encoder(EncoderConfig())
     kind_traits = (("user", world.user_traits, 1), ("item", world.item_traits, 2))
-    data = world.data(*(sentence_vectors(traits, kind, encoder, seed=seed) for kind, traits, seed in kind_traits))
-    gain = gains(data, "dcnv2")
-    assert gain["knowledge"] >= 0.02
-    assert abs(gain["shuffled"]) <= 0.012
+    told = world.data(*(sentence_vectors(traits, kind, encoder, seed=seed) for kind, traits, seed in kind_traits))
+    none = auc_of("dcnv2", "none", data)
+    for given in (data, told):
+        assert auc_of("dcnv2", "knowledge", given) - none >= 0.02
+        assert abs(auc_of("dcnv2", "shuffled", given) - none) <= 0.012
 
 
 def test_labels_follow_the_traits_and_ids_do_not_show_them(world: PlantedWorld) -> None:

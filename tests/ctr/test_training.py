@@ -112,12 +112,12 @@ def test_a_killed_workers_group_goes_on_at_the_next_sample(
     """Two workers and one see the same batches; a kill changes nothing of what the two find."""
     prepare(workspace, toy_world)
     handler = signal.getsignal(signal.SIGINT)
-    trial, config = GRID[0], CONFIG.model_copy(update={"batch_size": 8, "epochs": 2, "learning_rate": 0.002})
+    trial, config = GRID[0], CONFIG.model_copy(update={"batch_size": 16, "epochs": 2, "learning_rate": 0.002})
     one = train_one(trial, toy_world.data, config)
     killed: list[int] = []
     path = f"ctr/{FINGERPRINT[:16]}/{trial.path}/checkpoint.safetensors"
     thread = _kill_a_worker_after(path, workspace, killed)
-    (result,) = train(workspace, [trial], [], config, checkpoint_steps=100)
+    (result,) = train(workspace, [trial], [], config, checkpoint_steps=50)
     thread.join(timeout=10)
     assert killed
     assert result.resumed == 1

@@ -32,6 +32,7 @@ def echo_recipe(tmp_path: Path) -> Path:
             shard_rows: 20
             engine: {{type: echo, latency_s: 0.3}}
             sampling: {{max_tokens: 40}}
+            encoder: {{model: hashing}}
             ctr: {{backbones: [dcnv2], arms: [none, knowledge], seeds: [0], epochs: 1}}
             ray: local[2]
             """

@@ -39,12 +39,11 @@ class Head:
 
         Found by the mark, and as children of what has it: a process that gave itself a title has overwritten its own.
         """
-        marked = [p for p in psutil.process_iter() if _mark_of(p) == self.mark]
-        children: list[psutil.Process] = []
-        for process in marked:
-            with suppress(psutil.NoSuchProcess):
-                children += process.children(recursive=True)
-        return list({p.pid: p for p in [*marked, *children]}.values())
+        here = {p.pid: p for p in psutil.process_iter(["ppid"])}
+        ours = {pid for pid, p in here.items() if _mark_of(p) == self.mark}
+        while children := {pid for pid, p in here.items() if p.info["ppid"] in ours} - ours:
+            ours |= children
+        return [here[pid] for pid in ours]
 
     def kill_where(self, wanted: Callable[[psutil.Process], bool], most: int = 99) -> None:
         """kill -9 for at most so many of its processes, and one at least."""

@@ -72,7 +72,7 @@ def test_nodes_come_for_pending_actors_and_go_when_idle_and_a_killed_one_costs_n
     echo_recipe: Path, tmp_path: Path, head: Head
 ) -> None:
     two_engines = "{replicas: [2, 2], engine_cpus: 1}"
-    recipe = echo_recipe.read_text().replace("latency_s: 0.3", "latency_s: 8") + f"generate: {two_engines}\n"
+    recipe = echo_recipe.read_text().replace("latency_s: 0.3", "latency_s: 5") + f"generate: {two_engines}\n"
     echo_recipe.write_text(recipe)
     settings = load_recipe(echo_recipe)
     prepare(settings, Workspace(settings.workspace))

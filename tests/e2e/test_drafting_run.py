@@ -24,10 +24,10 @@ def test_a_release_drafts_for_the_next_generation(tmp_path: Path, s3_root: str) 
             name: drafting
             scenario: movies
             workspace: {s3_root}
-            source: {{type: movielens-100k, max_users: 20, max_items: 20}}
+            source: {{type: movielens-100k, max_users: 8, max_items: 8}}
             shard_rows: 64
             prompts: {{history_tokens: {history_tokens}, mode: both}}
-            cohorts: {{mean_size: 8}}
+            cohorts: {{mean_size: 4}}
             engine: {{type: vllm, model: smollm2-135m, max_model_len: 512, max_num_seqs: 2, kv_cache_gib: 1,
                       engine_args: {{enforce_eager: true}}}}
             encoder: {{model: hashing}}

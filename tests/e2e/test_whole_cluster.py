@@ -16,8 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from heads import ROOT, Head, free_port, knowledge_rows, local_head, owlrec, owlrec_command, wait_until
-from tiny_ranker import write_tiny_ranker  # type: ignore[import-not-found]
-from toy_taste import toy_texts  # type: ignore[import-not-found]
 
 from owlrec.ops.submission import code_packages, job_folder
 from owlrec.refresh.events import EVENTS
@@ -25,15 +23,12 @@ from owlrec.releases import current_release
 from owlrec.shards import finished_stage
 from owlrec.workspace import Workspace
 
-pytestmark = [pytest.mark.e2e, pytest.mark.vllm]
-RANKER = """
-cohorts: {{}}
-streaming: {{partitions: 3}}
-ranking:
-  engine: {{type: vllm, model: {model}, dtype: float32, max_model_len: 1024, threads: 1, kv_cache_gib: 1,
-            engine_args: {{enforce_eager: true}}}}
-  data: {{shots: 16, behaviors: 2, shown: [recent]}}
-  tuning: {{epochs: 1}}
+pytestmark = pytest.mark.e2e
+# On Ray's actors and on Ray Train's workers, which begin in folders of their own.
+ON_RAY = """
+streaming: {partitions: 3}
+generate: {replicas: [2, 2], engine_cpus: 1}
+training: {num_workers: 2}
 """
 
 
@@ -44,25 +39,24 @@ def head(python: Path) -> Iterator[Head]:
 
 
 def test_from_ratings_to_answers_over_http(echo_recipe: Path, tmp_path: Path, head: Head, python: Path) -> None:
-    model = write_tiny_ranker(tmp_path / "model", toy_texts())
     plain_recipe = tmp_path / "plain.yaml"
     plain_recipe.write_text(echo_recipe.read_text().replace("latency_s: 0.3", "latency_s: 0.01"))
-    echo_recipe.write_text(plain_recipe.read_text() + RANKER.format(model=model))
+    echo_recipe.write_text(plain_recipe.read_text() + ON_RAY)
     workspace = Workspace(tmp_path / "ws")
 
     plain = ray_job(head, python, "python", "-m", "pipelines.prepare", str(echo_recipe))
     assert plain.returncode == 0, plain.stdout + plain.stderr
-    with ThreadPoolExecutor() as pool:  # the ranker needs the tables alone
-        tuning = pool.submit(submit, head, "tune-ranker", echo_recipe)
-        for stage in ("cohorts", "generate", "encode", "publish", "train_ctr"):
-            submit(head, stage, echo_recipe)
-            assert finished_stage(workspace, stage) is not None
-        tuning.result()
-    assert finished_stage(workspace, "tune_ranker") is not None
+    for stage in ("generate", "encode", "publish", "train_ctr"):
+        submit(head, stage, echo_recipe)
+        assert finished_stage(workspace, stage) is not None
     assert knowledge_rows(tmp_path / "ws") == rows_of_the_local_command(plain_recipe, tmp_path / "local")
     # A driver that joined the head has a Ray job id; one that started a cluster of its own inside the job has none, nor
     # has one of a stage that takes seconds.
-    assert all(j["job_id"] for j in head.jobs() if "owlrec ranker tune" in j["entrypoint"])
+    on_ray = {
+        stage: job["job_id"] for job in head.jobs() for stage in ("generate", "ctr train") if stage in job["entrypoint"]
+    }
+    assert len(on_ray) == 2
+    assert all(on_ray.values())
 
     url = deploy(head, python, tmp_path)
     wait_until(lambda: answers(url), 120, "the application")

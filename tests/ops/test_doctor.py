@@ -16,6 +16,7 @@ from owlrec.ops.doctor import (
     check_asset,
     check_builds,
     check_environment,
+    check_imports,
     check_package,
     requirements,
     run_checks,
@@ -80,6 +81,12 @@ def test_cuda_builds_beside_a_cpu_torch_are_found():
     assert check_builds({"torch": "2.13.0"}, {"torchaudio": "2.11.0"}, gpu=True) == []
     [idle] = check_builds(cpu, {}, gpu=True)
     assert "owlrec[gpu]" in idle.fix
+
+
+def test_what_slows_every_process_of_ray_is_named():
+    [check] = check_imports("1.1.0")
+    assert (check.ok, check.fix) == ("warn", "pip uninstall -y rfc3987-syntax")
+    assert check_imports(None) == []
 
 
 def test_traps_in_the_environment_are_named():

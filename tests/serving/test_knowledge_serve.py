@@ -46,20 +46,23 @@ def workspace(tmp_path_factory):
     return workspace
 
 
-@pytest.fixture
-def deploy(base, workspace, monkeypatch, tmp_path):
-    """Deploys the application with given arguments; its address."""
+@pytest.fixture(scope="module")
+def deploy(base, workspace):
+    """Deploys the application with given arguments, unless it is there with these; its address."""
     from ray import serve
 
     from owlrec.apps.knowledge import KnowledgeArgs, app
 
+    deployed = []
+
     def deploy(**args):
         settings = {"workspace": workspace.path(), "num_cpus": 0.1, "refresh_s": 0.05, **args}
-        serve.run(app(KnowledgeArgs(**settings)), name="knowledge", route_prefix="/k")
+        if [settings] != deployed:
+            serve.run(app(KnowledgeArgs(**settings)), name="knowledge", route_prefix="/k")
+            deployed[:] = [settings]
         return f"{base}/k"
 
-    yield deploy
-    serve.delete("knowledge")
+    return deploy
 
 
 class Stream:
@@ -79,6 +82,7 @@ class Stream:
                 body = response.json() if response.status_code == 200 else {}
                 texts = [r["text"] for r in body.get("results", ())]
                 self.answers.append((time.monotonic() - self._start, response.status_code, texts, body.get("release")))
+                time.sleep(0.01)  # the cores are others' too
 
     def __enter__(self):
         for thread in self._threads:
@@ -104,7 +108,7 @@ def wait_for(condition, seconds=30.0):
 
 
 def test_lookups_over_http_and_swaps_under_them(deploy, workspace):
-    url, names = deploy(), labels(workspace)
+    url, names = deploy(min_replicas=2), labels(workspace)
     assert httpx.get(f"{url}/readyz").json()["release"] == current_release(workspace)
     assert httpx.get(f"{url}/v1/knowledge/user/1").headers["x-owlrec-release"] == current_release(workspace)
     assert httpx.get(f"{url}/v1/knowledge/user/x").headers["content-type"] == "application/problem+json"
@@ -117,6 +121,44 @@ def test_lookups_over_http_and_swaps_under_them(deploy, workspace):
     for _, _, texts, release in stream.answers:
         assert texts == [f"{names[release]} likes films", f"{names[release]} war films"]
     assert {release for *_, release in stream.answers} == set(names)
+
+
+def test_metrics_reach_the_page_that_prometheus_reads(deploy):
+    import ray
+
+    url = deploy(min_replicas=2)
+    for user in (1, 5, 9):
+        httpx.get(f"{url}/v1/knowledge/user/{user}")
+    node = ray.nodes()[0]
+    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def exposed():
+        text = urllib.request.urlopen(page, timeout=5).read().decode()
+        return {
+            "misses": re.search(r'ray_owlrec_serving_misses_total{.*kind="user".*} \d', text),
+            "requests": re.search(r'ray_owlrec_serving_requests_total{.*route="/v1/knowledge/{kind}/{id}".*} \d', text),
+            "seconds": re.search(r'ray_owlrec_serving_seconds_count{.*stage="lookup".*} \d', text),
+            "age": re.search(r"ray_owlrec_serving_release_age_s{.*} \d", text),
+        }
+
+    wait_for(lambda: all(exposed().values()), 40)
+
+
+def test_requests_are_logged_by_route_and_name_nobody(deploy):
+    import ray
+
+    url = deploy(min_replicas=2)
+    httpx.get(f"{url}/v1/knowledge/user/987654321", headers={"x-request-id": "looked-for"})
+    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve"
+
+    def lines():
+        files = [f.read_text() for f in logs.glob("replica_knowledge*")]
+        return [json.loads(line) for text in files for line in text.splitlines() if "looked-for" in line]
+
+    wait_for(lines)
+    request = json.loads(lines()[0]["message"])
+    assert (request["route"], request["status"]) == ("/v1/knowledge/{kind}/{id}", 404)
+    assert not any("987654321" in f.read_text() for f in logs.iterdir())
 
 
 def test_a_killed_replica_is_replaced(deploy, workspace):
@@ -206,44 +248,6 @@ def test_keys_are_asked_for_and_rotate(deploy, tmp_path):
     file.write_text(new_line)
     wait_for(lambda: status(new) == 200)
     assert status(old) == 401
-
-
-def test_metrics_reach_the_page_that_prometheus_reads(deploy):
-    import ray
-
-    url = deploy()
-    for user in (1, 5, 9):
-        httpx.get(f"{url}/v1/knowledge/user/{user}")
-    node = ray.nodes()[0]
-    page = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-
-    def exposed():
-        text = urllib.request.urlopen(page, timeout=5).read().decode()
-        return {
-            "misses": re.search(r'ray_owlrec_serving_misses_total{.*kind="user".*} \d', text),
-            "requests": re.search(r'ray_owlrec_serving_requests_total{.*route="/v1/knowledge/{kind}/{id}".*} \d', text),
-            "seconds": re.search(r'ray_owlrec_serving_seconds_count{.*stage="lookup".*} \d', text),
-            "age": re.search(r"ray_owlrec_serving_release_age_s{.*} \d", text),
-        }
-
-    wait_for(lambda: all(exposed().values()), 40)
-
-
-def test_requests_are_logged_by_route_and_name_nobody(deploy):
-    import ray
-
-    url = deploy()
-    httpx.get(f"{url}/v1/knowledge/user/987654321", headers={"x-request-id": "looked-for"})
-    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve"
-
-    def lines():
-        files = [f.read_text() for f in logs.glob("replica_knowledge*")]
-        return [json.loads(line) for text in files for line in text.splitlines() if "looked-for" in line]
-
-    wait_for(lines)
-    request = json.loads(lines()[0]["message"])
-    assert (request["route"], request["status"]) == ("/v1/knowledge/{kind}/{id}", 404)
-    assert not any("987654321" in f.read_text() for f in logs.iterdir())
 
 
 def test_off_loopback_without_keys_no_replica_starts(ray_local, monkeypatch):

@@ -458,14 +458,18 @@ def test_a_delta_table_is_read_by_version(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_on_a_cluster_it_is_the_same(tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_source(tmp_path / "source")
-    here, _ = prepared(recipe(folder, tmp_path / "here"))
+    monkeypatch.setattr(tabular, "FRAGMENT_ROWS", 1000)  # few pieces per stage: each may start a process
+    monkeypatch.setattr(preparation, "GROUP_ROWS", 1000)
+    folder = write_source(tmp_path / "source", n_files=2)
+    few = {"shard_rows": N_USERS // 2}
+    here, _ = prepared(recipe(folder, tmp_path / "here").model_copy(update=few))
     monkeypatch.setattr(stages, "PREPARED_HERE", 0)
-    assert prepared(recipe(folder, tmp_path / "ray"))[0].fingerprint == here.fingerprint
-    table = interactions(4, "u")
-    write_log(folder, 4, pa.concat_tables([table, table.slice(9, 1)]))
-    with pytest.raises(OwlRecError, match=rf"004\.parquet, row {ROWS}: user_id '{table['user_id'][9]}'"):
-        prepared(recipe(folder, tmp_path / "ray"))
+    on_ray = recipe(folder, tmp_path / "ray").model_copy(update=few)
+    assert prepared(on_ray)[0].fingerprint == here.fingerprint
+    table = interactions(1, "u")
+    write_log(folder, 1, pa.concat_tables([table, table.slice(9, 1)]))
+    with pytest.raises(OwlRecError, match=rf"001\.parquet, row {ROWS}: user_id '{table['user_id'][9]}'"):
+        prepared(on_ray)
 
 
 def test_movielens_does_not_need_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,4 +3,4 @@
 import sys
 from pathlib import Path
 
-sys.path += [str(Path(__file__).resolve().parent.parent / folder) for folder in ("releases", "decoding")]
+sys.path += [str(Path(__file__).resolve().parent.parent / folder) for folder in ("releases", "decoding", "ranking")]

@@ -668,6 +668,8 @@ def all_weights(model: CTRModel, worker: Worker = ALONE) -> dict[str, Tensor]:
         if whole is not None:
             weights[f"{name}.weight"] = whole
     return weights
+
+
 _LEAST_COVERAGE = 0.01
 _COVERAGE_ROWS = 1 << 16
 

@@ -81,6 +81,7 @@ def run_checks(workspace: str | None = None, environ: Mapping[str, str] | None =
             else [Check("owlrec", "warn", "not installed, so versions are not checked", "pip install -e .")]
         ),
         *check_builds(versions, {p: _version(p) for p in ("torchaudio", "torchcodec")}, gpu),
+        *check_imports(_version("rfc3987-syntax")),
         *(check_asset(*asset) for asset in ASSETS),
         *_machine(workspace),
         *([_writable(workspace)] if workspace else []),
@@ -146,6 +147,16 @@ def check_builds(versions: Mapping[str, str | None], media: Mapping[str, str | N
         problem = "this machine has an NVIDIA GPU, but the installed torch or vLLM runs only on the CPU"
         checks.append(Check("accelerator", "warn", problem, "in a fresh environment: pip install 'owlrec[gpu]'"))
     return checks
+
+
+def check_imports(syntax: str | None) -> list[Check]:
+    """Warns of rfc3987-syntax (its version, None if missing), which Jupyter installs: Ray imports jsonschema, which
+    imports it without need, and it compiles a grammar on import.
+    """
+    if not syntax:
+        return []
+    problem = f"rfc3987-syntax {syntax}: every process of Ray takes two seconds longer to start"
+    return [Check("imports", "warn", problem, "pip uninstall -y rfc3987-syntax")]
 
 
 def check_asset(package: str, pattern: str, name: str, requirement: str) -> Check:

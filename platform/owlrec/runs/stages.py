@@ -87,6 +87,8 @@ _ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # any `uv run` ancestor would otherwise start workers through uv
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_worker_niceness": "0",  # for a local cluster, whose workers are the run itself
+    # One idle worker per core at the start could not be used: it lacks the PYTHONPATH of `_runtime_env`.
+    "RAY_prestart_worker_first_driver": "0",
 }
 _OBJECT_STORE_BYTES = 256 << 20  # for a local cluster: blocks carry cards, not data
 _SOURCE_ROOT = Path(owlrec.__file__).resolve().parent.parent
