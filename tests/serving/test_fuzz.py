@@ -47,7 +47,7 @@ class Counting:
 def knowledge(folder):
     workspace = Workspace(folder / "ws")
     publish_world(workspace, "first")
-    return knowledge_app(workspace, folder / "indexes")[0]
+    return knowledge_app(workspace)[0]
 
 
 def ranking(folder):

@@ -37,7 +37,7 @@ def test_a_made_key_opens_and_is_shown_apart_from_its_hash(tmp_path):
     key = made.stderr.split()[-1]
     assert key not in made.stdout
     (tmp_path / "keys.txt").write_text(made.stdout)
-    assert KeyRing(tmp_path / "keys.txt").name_of(key) == "shop"
+    assert KeyRing(tmp_path / "keys.txt").find(key).name == "shop"
     refused = CliRunner().invoke(app, ["keys", "two words"])
     assert (refused.exit_code, refused.stdout) == (1, "")
 

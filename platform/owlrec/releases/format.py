@@ -37,6 +37,13 @@ class SemanticIdEntry(BaseModel):
     codebooks: str = ""  # fingerprint of the quantizer
 
 
+class SimilarEntry(BaseModel):
+    """The index of one kind's vectors, for nearest neighbors."""
+
+    vectors: int
+    recall: float  # at 10, against exact search
+
+
 class PartEntry(BaseModel):
     """One of a release's files and its rows."""
 
@@ -64,6 +71,7 @@ class ReleaseManifest(BaseModel):
     behaviors: dict[str, int] = {}  # users with behaviors
     history_length: int = 0  # maximum behaviors per user; 0 without any
     semantic_ids: dict[str, SemanticIdEntry] = {}  # by kind; the codebooks are in the oldest release of a chain
+    similar: dict[str, SimilarEntry] = {}  # by kind; empty if it was built without faiss
     totals: dict[str, int] = {}  # ids with their own knowledge, including its parents'
     dim: int
     as_of_min: int  # ms since 1970, UTC; no text of it or its parents is earlier

@@ -132,6 +132,8 @@ class RedisStore(RowStore):
 class RedisReleases:
     """Releases on a server, as followed by `owlrec.serving.served`."""
 
+    remote = True
+
     def __init__(self, url: str, namespace: str = NAMESPACE, *, timeout_s: float = 1.0) -> None:
         """See `connect`."""
         self.client = connect(url, timeout_s=timeout_s)

@@ -40,6 +40,7 @@ from owlrec.releases.format import (
     quantizer_folder,
 )
 from owlrec.releases.lmdb import LmdbFile, LmdbStore, warm
+from owlrec.releases.similar import SimilarIndex, faiss_or_none, open_index, similar_file
 from owlrec.storage import FileEntry, Pointer, PointerMoved
 from owlrec.workspace import Tombstones, Workspace, read_tombstones
 
@@ -62,14 +63,16 @@ class Release:
         chain: Sequence[ReleaseManifest],
         workspace: Workspace | None = None,
         tombstones: Tombstones | None = None,
+        similar: SimilarIndex | None = None,
     ) -> None:
         """chain: newest first. workspace: source of its codebooks, if reachable. tombstones: users to
-        hide.
+        hide. similar: open for nearest neighbors, if asked for.
         """
         self.manifest = chain[0]
         self.tombstones = tombstones or Tombstones()
         self.store = TombstonedStore(store, self.tombstones) if len(self.tombstones) else store
         self.chain = tuple(chain)
+        self.similar = similar
         self._workspace = workspace
 
     @property
@@ -200,19 +203,26 @@ def _is_whole(workspace: Workspace, name: str) -> bool:
 
 
 def open_release(
-    workspace: Workspace, name: str | None = None, *, verify: bool = True, warmed: bool = False, lazily: bool = False
+    workspace: Workspace,
+    name: str | None = None,
+    *,
+    verify: bool = True,
+    warmed: bool = False,
+    lazily: bool = False,
+    similar: bool = False,
 ) -> Release:
     """Opens release `name`, or the current one, with its parents; for a remote workspace, fetches the parts that the
     node does not have.
 
     verify: compare the SHA-256 of a local workspace's files in addition to their sizes, which takes about 1 s per GB
     for a large release. Copies of remote files are verified on arrival. warmed: read its files ahead. lazily: open and
-    fetch a part when one of its ids is first requested, for stages that need few. Raises ReleaseError if there is none,
+    fetch a part when one of its ids is first requested, for stages that need few. similar: also open its indexes of
+    similar vectors, if it and all its parents have them. Raises ReleaseError if there is none,
     or if a file or a parent is missing, truncated or changed; WorkspaceError if it does not fit on the node. Without a
     name, a release that is replaced and pruned during opening is not an error: the new one is opened.
     """
     if name:
-        return _open(workspace, name, verify, warmed, lazily)
+        return _open(workspace, name, verify, warmed, lazily, similar)
     for _ in range(_TRIES):
         name = current_release(workspace)
         if name is None:
@@ -220,7 +230,7 @@ def open_release(
                 f"{workspace.path('releases')}: nothing has been published. Run the publish stage first."
             )
         try:
-            return _open(workspace, name, verify, warmed, lazily)
+            return _open(workspace, name, verify, warmed, lazily, similar)
         except (OwlRecError, OSError) as error:
             if current_release(workspace) == name:
                 raise
@@ -231,7 +241,7 @@ def open_release(
     )
 
 
-def _open(workspace: Workspace, name: str, verify: bool, warmed: bool, lazily: bool) -> Release:
+def _open(workspace: Workspace, name: str, verify: bool, warmed: bool, lazily: bool, similar: bool) -> Release:
     manifests = chain(workspace, name)
     newest = manifests[0]
     if not workspace.local and not lazily:
@@ -245,9 +255,33 @@ def _open(workspace: Workspace, name: str, verify: bool, warmed: bool, lazily: b
             layers.append(opened.enter_context(_open_layer(workspace, manifest, warmed)))
             if not lazily:
                 layers[-1].open_all(_AT_ONCE)
+        index = _open_similar(workspace, manifests, layers) if similar else None
         opened.pop_all()
     store = ChainedStore(layers, dim=newest.dim, totals=newest.totals) if newest.delta else layers[0]
-    return Release(store, manifests, workspace, read_tombstones(workspace))
+    return Release(store, manifests, workspace, read_tombstones(workspace), index)
+
+
+def _open_similar(
+    workspace: Workspace, manifests: Sequence[ReleaseManifest], stores: Sequence[LmdbStore]
+) -> SimilarIndex | None:
+    """The indexes of a chain; None if one of its releases with vectors was built without, or without faiss here."""
+    if faiss_or_none() is None or any(m.vectors and not m.similar for m in manifests):
+        return None
+
+    def mapped(manifest: ReleaseManifest, file: str) -> Any:
+        copy = workspace.local_copy(f"releases/{manifest.name}/{file}", manifest.files[file])
+        index = open_index(copy.path)
+        copy.keep_for(index)
+        return index
+
+    layers = []
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for manifest, store in zip(manifests, stores, strict=True):
+            files = {k: [similar_file(part, k) for part in range(len(manifest.parts))] for k in manifest.similar}
+            files = {kind: [file for file in listed if file in manifest.files] for kind, listed in files.items()}
+            opening = {kind: [pool.submit(mapped, manifest, file) for file in listed] for kind, listed in files.items()}
+            layers.append((store, {kind: [one.result() for one in listed] for kind, listed in opening.items()}))
+    return SimilarIndex(layers)
 
 
 def _open_layer(workspace: Workspace, manifest: ReleaseManifest, warmed: bool) -> LmdbStore:
