@@ -113,6 +113,33 @@ def test_a_narrowed_gate_takes_serves_fast_path():
     assert http_util.parse_request_timeout_header(headers, 40.0) is None
 
 
+def test_direct_requests_skip_serve_once_it_has_passed_one_on_and_are_counted(monkeypatch):
+    counted, guarded, through = [], [], Application()
+
+    async def guard(scope, receive, send):
+        guarded.append((scope["root_path"], scope["path"]))
+        assert sum(counted) == 1
+        await Application()(scope, receive, send)
+
+    async def scenario():
+        gate = Gate()
+        gate.narrow(4, 1, count=counted.append)
+        async with client(GateMiddleware(through, gate)) as web:
+            await web.get("/k/v1/knowledge/user/1")  # Serve knows where the application is
+            gate.meet(guard, {"root_path": "/k"})
+            for path in ("/k/v1/knowledge/user/1", "/v1/knowledge/user/1", "/k/v1/knowledge:similar", "/k/docs"):
+                await web.get(path)
+            await web.post("/k/v1/knowledge:batchGet")
+        assert gate.inside == 0
+
+    asyncio.run(scenario())
+    assert guarded == [("/k", "/k/v1/knowledge/user/1"), ("/k", "/k/v1/knowledge:batchGet")]
+    assert through.seen == [
+        "/k/v1/knowledge/user/1", "/v1/knowledge/user/1", "/k/v1/knowledge:similar", "/k/docs",
+    ]  # fmt: skip
+    assert counted == [1, -1, 1, -1]
+
+
 def test_a_process_that_cannot_answer_fails_the_balancers_check():
     async def scenario():
         app, gate, reason = Application(), Gate(), ["nothing has been published"]

@@ -1,8 +1,10 @@
 """Releases: immutable folders of verified knowledge, and the one small file that names the current one.
 
     releases/<UTC time>-<fingerprint8>/   release.json, written last; parts/00000.lmdb, parts/00000.ids per part;
-                                          semantic_ids/<kind>/ if vectors have codes
+                                          parts/00000-<kind>.faiss, indexes of similar vectors; semantic_ids/<kind>/
+                                          if vectors have codes
     releases/CURRENT                      a Pointer with its history, changed by compare-and-swap, and an optional HOLD
+    releases/.log/                        one file per publish, roll-back and removal: when, what, by whom
 
 The pointer contains its own history, so one atomic write changes both: a roll-back goes to the previously current
 release, even if a later release was never current or two were published out of order. A folder without release.json is
@@ -11,13 +13,19 @@ keep the release they opened, whatever the pointer says later. On a node, a remo
 cache; a local workspace's are mapped in place.
 """
 
+import getpass
+import os
 import resource
+import secrets
+import socket
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from typing import Any, Protocol, Self
+from datetime import UTC, datetime
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
+from pydantic import BaseModel
 
 from owlrec.config import Registry
 from owlrec.encoding.compression import Quantizer
@@ -47,6 +55,7 @@ from owlrec.workspace import Tombstones, Workspace, read_tombstones
 _TRIES = 10  # to open the current release: fails only if it is replaced and pruned meanwhile
 _AT_ONCE = 8  # parts fetched or hashed at a time, each by a dozen ranged reads
 _SPARE_FILES = 512  # descriptors for a process's other files
+_LOG = "releases/.log"
 ANY: Any = object()
 
 
@@ -131,6 +140,45 @@ class Release:
         self.close()
 
 
+# The log
+
+
+ReleaseChange = Literal["publish", "rollback", "remove", "push"]
+
+
+class ReleaseEvent(BaseModel):
+    """One change of what is served, or could be."""
+
+    at: str  # ISO 8601, UTC
+    event: ReleaseChange
+    release: str
+    by: str  # the actor
+
+
+def actor() -> str:
+    """Who acts: OWLREC_ACTOR, which a scheduler should set, or else the user and the machine."""
+    if named := os.environ.get("OWLREC_ACTOR"):
+        return named[:200]
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def record_event(workspace: Workspace, event: ReleaseChange, release: str) -> None:
+    """Adds to the log of a workspace's releases."""
+    now = datetime.now(UTC)
+    entry = ReleaseEvent(at=now.isoformat(timespec="milliseconds"), event=event, release=release, by=actor())
+    name = f"{_LOG}/{now:%Y%m%dT%H%M%S%f}Z-{event}-{secrets.token_hex(3)}.json"
+    workspace.write_bytes(name, entry.model_dump_json().encode())
+
+
+def release_events(workspace: Workspace, last: int = 100) -> list[ReleaseEvent]:
+    """The last changes of a workspace's releases, oldest first."""
+    return [ReleaseEvent(**workspace.read_json(f"{_LOG}/{name}")) for name in workspace.names(_LOG)[-last:]]
+
+
 # The pointer
 
 
@@ -162,6 +210,7 @@ def make_current(workspace: Workspace, name: str, *, expected: str | None = ANY)
         return
     try:
         current.move(name) if expected is ANY else current.move(name, expected=expected)
+        record_event(workspace, "publish", name)
     except PointerMoved as error:
         raise ReleaseError(
             f"release {name} was built on {expected}, but {current.current} is now current and stays current "
@@ -189,6 +238,7 @@ def roll_back(workspace: Workspace, to: str | None = None) -> str:
             )
     chain(workspace, to)
     pointer(workspace).rewind(to)
+    record_event(workspace, "rollback", to)
     return to
 
 

@@ -405,7 +405,8 @@ class Guard:
         audit: AuditLog | None = None,
     ) -> None:
         """scope: what a key must open. browser: also accept keys as the password of HTTP's basic authentication, for
-        which browsers prompt. direct: answers some requests instead of `app`.
+        which browsers prompt. direct: answers some requests instead of `app`, and in a process with a narrowed gate
+        before Serve sees them.
         """
         self._app = app
         self._keys = keys
@@ -428,6 +429,8 @@ class Guard:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1000})  # refuses the handshake: websockets are not supported
             return
+        if self._direct is not None:
+            GATE.meet(self, scope)
         await _Exchange(self, scope, send).run(receive)
 
     def admit(self, headers: Mapping[bytes, bytes]) -> str:
@@ -634,6 +637,7 @@ def check_binding(host: str | None, keys: KeyRing) -> str | None:
 # stays open. Requests that pass it reach the guard (owlrec.serving.guard).
 
 
+_DIRECT = "/v1/knowledge"  # of the paths that are answered directly
 _ALWAYS = (*OPEN_PATHS, "/-/healthz", "/-/routes")  # a full process is not dead
 # With these Serve awaits the application itself, without two tasks that watch for a time-out and for a client that
 # leaves (ray/serve/_private/replica.py, _direct_ingress_asgi, Ray 2.60). The guard has a time-out of its own.
@@ -646,6 +650,9 @@ class Gate:
     def __init__(self) -> None:
         self.inside = 0
         self.narrowed = False
+        self.count: Callable[[int], None] | None = None  # tells Serve of requests that start (1) and end (-1)
+        self._front: ASGIApp | None = None
+        self._root = ""
         self._limit = 0
         self._on_refusal: Callable[[], None] | None = None
         self._unready: Callable[[], str | None] = lambda: None
@@ -657,14 +664,31 @@ class Gate:
         retry_after_s: int,
         on_refusal: Callable[[], None] | None = None,
         unready: Callable[[], str | None] = lambda: None,
+        count: Callable[[int], None] | None = None,
     ) -> None:
         """From now on admits `limit` requests at once. on_refusal: called for each refused one. unready: the reason for
-        which a load balancer should send nothing here.
+        which a load balancer should send nothing here. count: see `front`.
         """
+        self.count = count
         self._messages = _messages(
             503, problem_bytes(503, TOO_MANY), {"content-type": MEDIA_TYPE, "retry-after": str(retry_after_s)}
         )
         self._limit, self._on_refusal, self._unready, self.narrowed = limit, on_refusal, unready, True
+
+    def meet(self, guard: ASGIApp, scope: Scope) -> None:
+        """Called by a guard with direct answers, when Serve has passed it a request: from then on such requests come to
+        it at once, if `count` lets Serve know of them.
+        """
+        if self._front is None and self.count is not None:
+            self._front, self._root = guard, scope.get("root_path", "")
+
+    def front(self, scope: Scope) -> ASGIApp | None:
+        """The guard, for a request that it answers directly; None for one that Serve must pass on."""
+        path: str = scope["path"]
+        if self._front is None or not path.startswith(self._root + _DIRECT) or path.endswith(":similar"):
+            return None
+        scope["root_path"] = self._root
+        return self._front
 
     def refusal(self, scope: Scope) -> tuple[dict[str, object], dict[str, object]] | None:
         """Messages that refuse a request; None for an admitted one."""
@@ -707,10 +731,17 @@ class GateMiddleware:
             for message in refusal:
                 await send(message)
             return
-        scope["headers"] = [*scope["headers"], *_SERVE_FAST_PATH]
         gate.inside += 1
         try:
-            await self._app(scope, receive, send)
+            if gate.count and (front := gate.front(scope)):
+                gate.count(1)
+                try:
+                    await front(scope, receive, send)
+                finally:
+                    gate.count(-1)
+            else:
+                scope["headers"] = [*scope["headers"], *_SERVE_FAST_PATH]
+                await self._app(scope, receive, send)
         finally:
             gate.inside -= 1
 

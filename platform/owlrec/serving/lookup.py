@@ -46,6 +46,7 @@ _PREFIX = ONE_PATH.partition("{")[0]
 _JSON, _BYTES, _ARROW = "json", "f2", "arrow"  # formats of answers, in ETags
 _TYPES = {_JSON: b"application/json", _BYTES: BYTES_TYPE.encode(), _ARROW: ARROW_TYPE.encode()}
 _FIELDS: TypeAdapter[list[What]] = TypeAdapter(list[What])
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _MANY_ROWS = 8  # vectors from which Arrow's gather is faster than NumPy's
 
 
@@ -55,16 +56,13 @@ class _Rows:
 
     kind: Kind
     asked: Sequence[int | str]  # as the client wrote them
-    knowledge: list[Knowledge | None] | None
+    ids: Sequence[int]
+    found: list[bool]  # whether an id has any of what was asked for
+    texts: list[bytes | None] | None  # UTF-8
+    knowledge: list[Knowledge | None] | None  # if provenance was asked for
     vectors: np.ndarray | None  # float16 [n, d]
-    mask: np.ndarray | None  # bool [n], of the vectors
+    mask: list[bool] | None  # of the vectors
     codes: list[tuple[int, ...] | None] | None
-
-    @property
-    def found(self) -> list[bool]:
-        """Whether an id has any of what was asked for."""
-        found = [False] * len(self.asked) if self.knowledge is None else [k is not None for k in self.knowledge]
-        return found if self.mask is None else [a or b for a, b in zip(found, self.mask.tolist(), strict=True)]
 
 
 class Lookups:
@@ -134,7 +132,7 @@ class Lookups:
             elif format_ == _BYTES:
                 assert rows[0].vectors is not None
                 assert rows[0].mask is not None
-                content = _as_bytes(rows[0].vectors, rows[0].mask)
+                content = _as_bytes(rows[0].vectors, np.array(rows[0].mask))
                 reply_headers.append((DIM_HEADER.encode(), str(rows[0].vectors.shape[1]).encode()))
             elif single:
                 content = b'{"release":"%s","kind":"%s",%s' % (
@@ -148,18 +146,28 @@ class Lookups:
     def _read(
         self, release: Release, kind: Kind, ids: list[int], asked: Sequence[int | str], fields: Sequence[What]
     ) -> _Rows:
-        store = release.store
-        knowledge = store.get(kind, ids) if "text" in fields or "provenance" in fields else None
-        vectors = mask = None
+        store, n = release.store, len(ids)
+        texts = knowledge = vectors = mask = None
+        found = [False] * n
+        if "provenance" in fields:
+            knowledge = store.get(kind, ids)
+            found = [known is not None for known in knowledge]
+            if "text" in fields:
+                texts = [None if known is None else known.text.encode("utf-8", "replace") for known in knowledge]
+        elif "text" in fields:
+            texts = store.texts(kind, ids)
+            found = [text is not None for text in texts]
         if "vector" in fields:
-            floats, mask = store.vectors(kind, ids)
-            vectors = floats.astype(np.float16)
-        rows = _Rows(kind, asked, knowledge, vectors, mask, store.own_codes(kind, ids) if "codes" in fields else None)
-        hits = sum(rows.found)
-        for name, n in (("hits", hits), ("misses", len(ids) - hits)):
-            if n:
-                self._telemetry.count(name, n, {"kind": kind})
-        return rows
+            vectors, there = store.half_vectors(kind, ids)
+            mask = there.tolist()
+            found = [a or b for a, b in zip(found, mask, strict=True)] if texts or knowledge else mask
+        codes = store.own_codes(kind, ids) if "codes" in fields else None
+        hits = found.count(True)
+        if hits:
+            self._telemetry.count("hits", hits, {"kind": kind})
+        if hits < n:
+            self._telemetry.count("misses", n - hits, {"kind": kind})
+        return _Rows(kind, asked, ids, found, texts, knowledge, vectors, mask, codes)
 
 
 def resolved(raw: int | str) -> int:
@@ -216,31 +224,25 @@ def _batch_json(release: Release, rows: Sequence[_Rows], *, several: bool, field
 
 def _as_json(release: Release, rows: _Rows, fields: Sequence[What]) -> list[bytes]:
     """Each id as a JSON object."""
-    texts = None if "text" not in fields else [_text(k) for k in rows.knowledge or ()]
-    vectors = None if rows.vectors is None else vectors_as_json(rows.vectors)
-    if vectors is not None and rows.mask is not None:
-        vectors = [v if there else b"null" for v, there in zip(vectors, rows.mask.tolist(), strict=True)]
-    about = [_provenance(release, k) for k in rows.knowledge or ()] if "provenance" in fields else None
-    pieces = []
-    for row, (id_, found) in enumerate(zip(rows.asked, rows.found, strict=True)):
-        parts = [
-            (b'{"id":%d,"found":%s' if isinstance(id_, int) else b'{"id":%s,"found":%s')
-            % (id_ if isinstance(id_, int) else orjson.dumps(id_), b"true" if found else b"false")
-        ]
-        if texts is not None:
-            parts.append(b'"text":' + texts[row])
-        if vectors is not None:
-            parts.append(b'"vector":' + vectors[row])
-        if rows.codes is not None:
-            parts.append(b'"codes":' + orjson.dumps(rows.codes[row] or None))
-        if about is not None:
-            parts.append(b'"provenance":' + about[row])
-        pieces.append(b",".join(parts) + b"}")
-    return pieces
-
-
-def _text(known: Knowledge | None) -> bytes:
-    return b"null" if known is None else orjson.dumps(known.text)
+    columns = [
+        (b"id", [b"%d" % id_ if isinstance(id_, int) else orjson.dumps(id_) for id_ in rows.asked]),
+        (b"found", [b"true" if found else b"false" for found in rows.found]),
+    ]
+    if rows.texts is not None:
+        columns.append(
+            (b"text", [b"null" if t is None else orjson.dumps(t.decode("utf-8", "replace")) for t in rows.texts])
+        )
+    if rows.vectors is not None and rows.mask is not None:
+        vectors = vectors_as_json(rows.vectors)
+        if not all(rows.mask):
+            vectors = [v if there else b"null" for v, there in zip(vectors, rows.mask, strict=True)]
+        columns.append((b"vector", vectors))
+    if rows.codes is not None:
+        columns.append((b"codes", [orjson.dumps(codes or None) for codes in rows.codes]))
+    if rows.knowledge is not None:
+        columns.append((b"provenance", [_provenance(release, known) for known in rows.knowledge]))
+    template = b"{" + b",".join(b'"%s":%%b' % name for name, _ in columns) + b"}"
+    return [template % row for row in zip(*(values for _, values in columns), strict=True)]
 
 
 def _provenance(release: Release, known: Knowledge | None) -> bytes:
@@ -312,29 +314,30 @@ def _as_arrow(release: Release, all_rows: Sequence[_Rows], fields: Sequence[What
     The release is in the schema's metadata; provenance is `as_of` (ms), `framework`, `quality` and `from_cohorts`.
     """
     columns: dict[str, pa.Array] = {}
-    known = [k for rows in all_rows for k in rows.knowledge or ()]
-    columns["kind"] = pa.array([rows.kind for rows in all_rows for _ in rows.asked])
-    columns["id"] = pa.array([resolved(id_) for rows in all_rows for id_ in rows.asked], pa.int64())
-    columns["found"] = pa.array([found for rows in all_rows for found in rows.found])
+    columns["kind"] = pa.concat_arrays([pa.repeat(rows.kind, len(rows.asked)) for rows in all_rows])
+    columns["id"] = pa.array(np.concatenate([np.array(rows.ids, dtype=np.int64) for rows in all_rows]))
+    columns["found"] = pa.array(np.concatenate([np.array(rows.found) for rows in all_rows]))
     if "text" in fields:
-        columns["text"] = pa.array([None if k is None else k.text for k in known], pa.string())
+        columns["text"] = pa.array([text for rows in all_rows for text in rows.texts or ()], pa.binary()).cast(
+            pa.string()
+        )
     if "provenance" in fields:
+        known = [k for rows in all_rows for k in rows.knowledge or ()]
         columns["as_of"] = pa.array([None if k is None else k.as_of for k in known], pa.int64())
         columns["framework"] = pa.array([None if k is None else k.framework for k in known], pa.string())
         columns["quality"] = pa.array([None if k is None else k.quality for k in known], pa.string())
         columns["from_cohorts"] = pa.array([None if k is None else _borrowed(k) for k in known], pa.bool_())
     if "vector" in fields:
-        vectors = np.concatenate([rows.vectors for rows in all_rows])
-        mask = np.concatenate([rows.mask for rows in all_rows])
-        columns["vector"] = _vector_column(vectors, mask)
+        vectors = [rows.vectors for rows in all_rows if rows.vectors is not None]
+        mask = np.concatenate([np.array(rows.mask) for rows in all_rows])
+        columns["vector"] = _vector_column(vectors[0] if len(vectors) == 1 else np.concatenate(vectors), mask)
     if "codes" in fields:
         codes = [c or None for rows in all_rows for c in rows.codes or ()]
         columns["codes"] = pa.array(codes, pa.list_(pa.uint16()))
     batch = pa.record_batch(columns)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema.with_metadata({"release": release.name})) as stream:
-        stream.write_batch(batch)
-    return sink.getvalue().to_pybytes()
+    schema = batch.schema.with_metadata({"release": release.name})
+    # The messages of a stream, in buffers of their exact size: a stream writer's buffer grows by copying.
+    return b"".join([schema.serialize(), batch.serialize(), _END_OF_STREAM])
 
 
 def _vector_column(rows: np.ndarray, mask: np.ndarray) -> pa.Array:
