@@ -20,7 +20,7 @@ if [ -n "$config" ]; then
         -e "/^backend .*knowledge/,/^backend /s/^( *default-server .*[^0-9])$/\\1 maxconn ${OWLREC_MAXCONN:-16} maxqueue 2048/" \
         -e "s|^( *errorfile 503 ).*$|\\1$(dirname "$0")/haproxy-503.http|" \
         -e '/^ *timeout queue /d' \
-        -e 's/^( *)(balance .*)$/\1timeout queue 50ms\n\1\2/' \
+        -e 's/^( *)(balance .*)$/\1timeout queue 50ms\n\1option dontlog-normal\n\1\2/' \
         "$config" >"$config.owlrec"
     pages=$(sed -nE '/^(frontend prometheus|listen stats)/,/^ *bind /p' "$config.owlrec")
     if [ "$(echo "$pages" | grep -cE '^ *bind 127\.0\.0\.1:[0-9]+$')" != 2 ] || ! grep -q 'timeout queue' "$config.owlrec" || ! grep -q 'haproxy-503' "$config.owlrec"; then
