@@ -2,6 +2,7 @@
 leaves nothing behind.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -86,6 +87,8 @@ def test_it_serves_through_haproxy_and_ends_cleanly(workspace):
                 time.sleep(0.1)
         running = psutil.Process(server.pid).children(recursive=True)
         assert any("haproxy" in line for line in command_lines(running).values())
+        assert {9101, 8404, port} <= {port for _, port in listening(running)}
+        assert [where for where in listening(running) if not where[0].startswith("127.")] == []
     finally:
         server.send_signal(signal.SIGTERM)
         said = readiness_to_the_end(url, server)
@@ -95,6 +98,15 @@ def test_it_serves_through_haproxy_and_ends_cleanly(workspace):
     assert said[1] in (404, 503)  # not ready, before connections are refused
     _, alive = psutil.wait_procs(running, timeout=20)
     assert list(command_lines(alive).values()) == []
+
+
+def listening(processes):
+    """Addresses and ports on which processes wait for connections."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found |= {tuple(c.laddr) for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return found
 
 
 def readiness_to_the_end(url, server):

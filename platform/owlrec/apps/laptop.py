@@ -15,6 +15,8 @@ from owlrec.config import Config
 from owlrec.machine import cache_folder
 
 _ENVIRONMENT = {
+    # One machine, as on a Mac: Ray's own processes then talk over 127.0.0.1 and listen nowhere else.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # Behind HAProxy, replicas answer HTTP themselves. User code in a separate thread would compete with that for
     # Python's lock: a refusal, which takes microseconds, would wait up to 5 ms at each system call.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
