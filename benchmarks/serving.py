@@ -2,8 +2,9 @@
 texts and vectors, each server alone on the machine with the load generator.
 
 Parts (--only): `store`, `latency` (at 200 requests/s), `http` (greatest rate for 1 and for 256 ids, in three rounds),
-`swaps` (publish, swap and roll back under load), `overload` (five times what it can take), `memory` (what further replicas add), `rank`
-(by CTR alone and re-ranked by SmolLM2, see benchmarks.serving_rank), `live` (how a refresh reaches scores, beside
+`swaps` (publish, swap and roll back under load), `overload` (five times what it can take), `memory` (what further
+replicas add), `rank` (by CTR alone and re-ranked by SmolLM2, see benchmarks.serving_rank), `live` (how a refresh
+reaches scores, beside
 frozen fields). Feast runs from an environment of its own: `--feast DIR/bin/python`, made by `python -m venv DIR;
 DIR/bin/pip install feast`.
 """
