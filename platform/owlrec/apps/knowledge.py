@@ -1,8 +1,10 @@
 """The Ray Serve applications that read a release, knowledge lookup and the explorer, and what all replicas share."""
 
 import asyncio
+import gc
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -161,6 +163,15 @@ def audit_log(folder: str | None) -> AuditLog | None:
     return AuditLog(folder, os.environ.get("OWLREC_AUDIT_SECRET", "")) if folder else None
 
 
+def answer_steadily() -> None:
+    """For a replica whose requests take less than a millisecond: threads hand over Python's lock after 0.5 ms, not 5, and
+    garbage collection does not look at what was imported, 50 ms each time.
+    """
+    sys.setswitchinterval(0.0005)
+    gc.collect()
+    gc.freeze()
+
+
 def log_with_serve() -> None:
     """Sends the log lines of owlrec.serving to Serve's own logs: JSON, one file per replica. For replicas."""
     ours = logging.getLogger("owlrec.serving")
@@ -227,6 +238,7 @@ class KnowledgeReplica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         from owlrec.serving.guard import GATE  # here, since this class is pickled by value and the gate must not be
 
+        answer_steadily()
         telemetry, limits = RayTelemetry("knowledge"), self._config.limits
         refused = {"route": "unknown", "status": "503"}
         GATE.narrow(

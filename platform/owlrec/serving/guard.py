@@ -11,7 +11,6 @@ import os
 import re
 import socket
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -478,7 +477,7 @@ class _Exchange:
         self._route: str | None = None  # of a direct answer
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         asked = self._headers.get(b"x-request-id", b"").decode("latin-1")
-        self._id = asked if asked and _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        self._id = asked if asked and _REQUEST_ID.fullmatch(asked) else os.urandom(16).hex()
         self._status = 0  # 0 until the response starts
 
     async def run(self, receive: Receive) -> None:
