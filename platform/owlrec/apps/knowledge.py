@@ -164,8 +164,8 @@ def audit_log(folder: str | None) -> AuditLog | None:
 
 
 def answer_steadily() -> None:
-    """For a replica whose requests take less than a millisecond: threads hand over Python's lock after 0.5 ms instead of
-    5, and garbage collection does not look at what was imported.
+    """For a replica whose requests take less than a millisecond: threads hand over the interpreter after 0.5 ms instead
+    of 5, and garbage collection does not look at what was imported.
     """
     sys.setswitchinterval(0.0005)
     gc.collect()
