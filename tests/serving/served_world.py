@@ -7,7 +7,7 @@ from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.serving.guard import Stopping, never_stopping
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
-from owlrec.serving.served import ServedReleases, WorkspaceReleases
+from owlrec.serving.served import PINNED_S, ServedReleases, WorkspaceReleases
 from owlrec.sources.splits import SplitConfig, for_histories, last_behaviors
 from owlrec.workspace import Workspace
 
@@ -52,7 +52,7 @@ def served_behaviors(workspace: Workspace, interactions: pa.Table, split: SplitC
 
 def knowledge_app(workspace: Workspace, keys: KeyRing | None = None, stopping: Stopping = never_stopping, **config):
     """The application, and the releases it serves."""
-    served = ServedReleases(WorkspaceReleases(workspace, similar=True))
+    served = ServedReleases(WorkspaceReleases(workspace, similar=True), pinned_s=PINNED_S)
     audit = config.pop("audit", None)
     api = build_knowledge_api(served, keys or KeyRing(), KnowledgeConfig(**config), stopping=stopping, audit=audit)
     return api, served

@@ -25,13 +25,14 @@ from owlrec.config import Config
 from owlrec.errors import ServingError
 from owlrec.machine import api_keys
 from owlrec.releases.release import ReleaseSource, open_store
+from owlrec.releases.similar import faiss_or_none
 from owlrec.serving.explorer.pages import build_explorer
 from owlrec.serving.guard import AuditLog, Limits, check_binding
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
 from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import Rank, RankAnswer
-from owlrec.serving.served import ServedReleases, WorkspaceReleases
+from owlrec.serving.served import PINNED_S, ServedReleases, WorkspaceReleases
 from owlrec.workspace import Workspace
 
 # -------------------------------------------------------------------------------------------------------------- binding
@@ -168,6 +169,8 @@ def answer_steadily() -> None:
     of 5, and garbage collection does not look at what was imported.
     """
     sys.setswitchinterval(0.0005)
+    if faiss := faiss_or_none():
+        faiss.omp_set_num_threads(1)  # the machine's other cores have replicas of their own
     gc.collect()
     gc.freeze()
 
@@ -231,7 +234,7 @@ class KnowledgeReplica:
             ),
             refresh_s=settings.refresh_s,
         )
-        self._served = ServedReleases(_source(settings))
+        self._served = ServedReleases(_source(settings), pinned_s=PINNED_S)
         self._audit = audit_log(settings.audit)
         self._unready_since: float | None = None
 

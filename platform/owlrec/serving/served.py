@@ -28,7 +28,7 @@ from owlrec.workspace import Workspace, read_tombstones
 
 _log = logging.getLogger("owlrec.serving")
 REFRESH_S = 1.0  # default interval of checks for another release
-_PINNED_S = 60.0  # after a swap, requests that pin the release before it are still answered
+PINNED_S = 60.0  # after a swap, lookups that pin the release before it are still answered
 _STUCK_S = 60.0  # without a look at the pointer: a restart may help
 
 # -------------------------------------------------------------------------------------------------------------- similar
@@ -118,8 +118,10 @@ class _Held:
 class ServedReleases:
     """Thread-safe. Call `refresh` regularly; close it at the end."""
 
-    def __init__(self, source: ReleaseSource) -> None:
+    def __init__(self, source: ReleaseSource, *, pinned_s: float = 0.0) -> None:
+        """pinned_s: how long a release is kept after a swap, for requests that pin it."""
         self._source = source
+        self._pinned_s = pinned_s
         self._lock = threading.Lock()
         self._refreshing = threading.Lock()
         self._held: _Held | None = None
@@ -188,9 +190,10 @@ class ServedReleases:
         with self._lock:
             before, self._held = self._held, _Held(release)
             older, self._before = self._before, None
-            if before is not None and before.release.tombstones.mark == release.tombstones.mark:
+            # Not if users were forgotten since, whom it would show.
+            if before and self._pinned_s and before.release.tombstones.mark == release.tombstones.mark:
                 self._before = before, time.monotonic()
-            else:  # it would show users who were forgotten since
+            else:
                 self._retire(before)
             self._retire(older[0] if older else None)
             if before is not None:
@@ -202,7 +205,7 @@ class ServedReleases:
     @contextmanager
     def lease(self, pinned: str | None = None) -> Iterator[Release]:
         """The current release, open until the end of the block. pinned: the only release to answer from, which for a
-        minute after a swap may be the previous one.
+        while after a swap may be the previous one.
 
         Raises Problem: 503 if there is none, 410 or 409 if the pinned one is not served any more, or not here.
         """
@@ -241,7 +244,7 @@ class ServedReleases:
 
     def _drop_before(self) -> None:
         with self._lock:
-            if self._before and time.monotonic() - self._before[1] > _PINNED_S:
+            if self._before and time.monotonic() - self._before[1] > self._pinned_s:
                 self._retire(self._before[0])
                 self._before = None
 
