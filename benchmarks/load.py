@@ -129,7 +129,7 @@ class _Load:
         _, connection = await asyncio.get_running_loop().create_connection(_Connection, self.host, self.port)
         return connection
 
-    def _check(self, body: bytes) -> None:
+    def _check(self, body: bytearray) -> None:
         answer = json.loads(body)
         labels = {result["text"].split(" ", 1)[0] for result in answer["results"]}
         self.mixed += len(labels) > 1
@@ -178,11 +178,11 @@ class _Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._reset()
 
-    def ask(self, request: bytes) -> "asyncio.Future[tuple[int, bytes, bool]]":
+    def ask(self, request: bytes) -> "asyncio.Future[tuple[int, bytearray, bool]]":
         """Status, body, and whether the connection can be used again: not after a body of unknown length, as proxies'
         refusals have.
         """
-        self._answer: asyncio.Future[tuple[int, bytes, bool]] = asyncio.get_running_loop().create_future()
+        self._answer: asyncio.Future[tuple[int, bytearray, bool]] = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         return self._answer
 
@@ -197,7 +197,8 @@ class _Connection(asyncio.Protocol):
             self._status, self._keep = int(head[9:12]), bool(length) and b"connection: close" not in head
             self._body, self._size = end + 4, end + 4 + int(length or b"0")
         if len(self._received) >= self._size:
-            answer = self._status, bytes(self._received[self._body :]), self._keep
+            del self._received[: self._body]  # without a copy
+            answer = self._status, self._received, self._keep
             self._reset()
             if not self._answer.done():
                 self._answer.set_result(answer)
