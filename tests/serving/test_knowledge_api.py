@@ -422,8 +422,10 @@ def test_following_survives_any_exception_and_counts_it(tmp_path, monkeypatch):
         assert served.unhealthy is None
     assert recorder.counts["follow_failures"] >= 6
     assert recorder.gauges["release_looked"] == pytest.approx(time.time(), abs=30)
-    served.looked -= 100
+    served._looked -= 100
     assert "100 s" in served.unhealthy
+    served._opening = True  # a copy of many minutes is no reason for a restart
+    assert served.unhealthy is None
 
 
 class Recorder(NoTelemetry):

@@ -162,6 +162,8 @@ class Lookups:
             mask = there.tolist()
             found = [a or b for a, b in zip(found, mask, strict=True)] if texts or knowledge else mask
         codes = store.own_codes(kind, ids) if "codes" in fields else None
+        if codes is not None:
+            found = [a or bool(own) for a, own in zip(found, codes, strict=True)]
         hits = found.count(True)
         if hits:
             self._telemetry.count("hits", hits, {"kind": kind})

@@ -150,7 +150,7 @@ class Provenance(BaseModel):
 
 
 class Entity(BaseModel):
-    """Knowledge about one id. `found` is false if there is neither text nor vector.
+    """Knowledge about one id. `found` is false if there is nothing of what was asked for.
 
     A field that was not requested is absent; a missing one is null.
     """

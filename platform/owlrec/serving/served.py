@@ -129,7 +129,8 @@ class ServedReleases:
         self._gone: set[str] = set()  # releases that were served here
         self._vanished = 0  # looks in a row that found no pointer any more
         self.error: str | None = None  # last error in following the pointer
-        self.looked = time.time()  # last time that the pointer was read, or an attempt failed; seconds since 1970
+        self._looked = time.time()
+        self._opening = False
         self.failures = 0  # exceptions, of any kind, in following the pointer
 
     @property
@@ -142,6 +143,13 @@ class ServedReleases:
     def remote(self) -> bool:
         """Whether lookups wait for a network."""
         return bool(getattr(self._source, "remote", False))
+
+    @property
+    def looked(self) -> float:
+        """Last time that the pointer was looked at, successfully or not, in seconds since 1970. Now, while a release is
+        being opened, which may be a copy of many minutes.
+        """
+        return time.time() if self._opening else self._looked
 
     @property
     def unready(self) -> str | None:
@@ -171,7 +179,7 @@ class ServedReleases:
                 self.error = message
                 return False
             finally:
-                self.looked = time.time()
+                self._looked = time.time()
 
     def _refresh(self) -> bool:
         name = self._source.current()
@@ -186,7 +194,11 @@ class ServedReleases:
         if held and (name, mark) == (held.release.name, held.release.tombstones.mark):
             self.error = None
             return False
-        release = self._source.open(name)
+        self._opening = True
+        try:
+            release = self._source.open(name)
+        finally:
+            self._opening = False
         with self._lock:
             before, self._held = self._held, _Held(release)
             older, self._before = self._before, None
@@ -266,7 +278,10 @@ async def following(served: ServedReleases, every_s: float, telemetry: Telemetry
         while True:
             await asyncio.sleep(every_s)
             try:
-                if await asyncio.to_thread(served.refresh):
+                refreshing = asyncio.ensure_future(asyncio.to_thread(served.refresh))
+                while not (await asyncio.wait({refreshing}, timeout=max(1.0, every_s)))[0]:
+                    _report(served, telemetry)
+                if refreshing.result():
                     telemetry.count("swaps")
                 _report(served, telemetry)
             except Exception:  # not even a full table of threads ends it
