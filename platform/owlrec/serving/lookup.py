@@ -47,6 +47,7 @@ _JSON, _BYTES, _ARROW = "json", "f2", "arrow"  # formats of answers, in ETags
 _TYPES = {_JSON: b"application/json", _BYTES: BYTES_TYPE.encode(), _ARROW: ARROW_TYPE.encode()}
 _FIELDS: TypeAdapter[list[What]] = TypeAdapter(list[What])
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+_RELEASE = RELEASE_HEADER.encode()
 _MANY_ROWS = 8  # vectors from which Arrow's gather is faster than NumPy's
 
 
@@ -108,7 +109,7 @@ class Lookups:
         scope[READ_KEY] = [(kind, ids) for kind, ids, _ in wanted]
         with self._served.lease(pin or headers.get(IF_RELEASE_HEADER, b"").decode("latin-1") or None) as release:
             single = path != BATCH_PATH
-            reply_headers = [(b"content-type", _TYPES[format_]), (RELEASE_HEADER.encode(), release.name.encode())]
+            reply_headers = [(b"content-type", _TYPES[format_]), (_RELEASE, release.name.encode())]
             if single:
                 tag = f'"{release.version}.{format_}"'.encode()
                 reply_headers += [(b"etag", tag), (b"vary", b"accept"), (b"cache-control", b"no-cache")]
@@ -208,9 +209,11 @@ def _fields(query: bytes) -> list[What]:
 
 
 def _format(accept: bytes) -> str:
-    if ARROW_TYPE.encode() in accept:
+    if not accept or accept == b"*/*":
+        return _JSON
+    if _TYPES[_ARROW] in accept:
         return _ARROW
-    return _BYTES if BYTES_TYPE.encode() in accept else _JSON
+    return _BYTES if _TYPES[_BYTES] in accept else _JSON
 
 
 # ---------------------------------------------------------------------------------------------------------------- json
