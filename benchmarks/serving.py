@@ -148,7 +148,7 @@ def _latency(folder: Path, options: argparse.Namespace) -> list[Figure]:
 
 def _http(folder: Path, options: argparse.Namespace) -> list[Figure]:
     """Greatest rates, ours and the peers' in turns; of the rounds, the median."""
-    n, rounds, seconds = 5_000 if options.quick else 50_000, 1 if options.quick else 3, 6.0
+    n, rounds, seconds = 5_000 if options.quick else 50_000, 1 if options.quick else 3, 5.0
     workspace = Workspace(folder / "ws")
     _release(workspace, n)
     rates: dict[tuple[str, str], list[float]] = {}

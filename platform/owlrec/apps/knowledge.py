@@ -14,9 +14,10 @@ from typing import Any
 import ray
 from fastapi import FastAPI
 from pydantic import Field
-from ray import serve
+from ray import serve, util
 from ray._private import worker
 from ray.serve import context
+from ray.serve._private import replica
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -45,6 +46,16 @@ def refuse_open_binding(keys: KeyRing) -> None:
     problem = check_binding(context._get_global_client().http_config.host, keys)
     if problem:
         raise ServingError(problem)
+    if util.get_node_ip_address() == "127.0.0.1":
+        _keep_handles_on_loopback()
+
+
+def _keep_handles_on_loopback() -> None:
+    """Serve's replicas listen on all interfaces for calls of other replicas (Ray 2.60, serve/_private/replica.py,
+    _on_initialized, after the application is built): on one machine, loopback is enough.
+    """
+    add_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", "127.0.0.1"))
 
 
 # ------------------------------------------------------------------------------------------------------------- stopping
