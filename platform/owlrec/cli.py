@@ -543,7 +543,7 @@ def list_(target: Target, as_json: JsonOption = False) -> None:
         return
     table(
         f"releases of {store.root}",
-        ["", "release", "delta of", "model", "encoder", "texts", "vectors", "similar (recall)"],
+        ["", "release", "delta of", "model", "encoder", "texts", "vectors", "recall"],
         [
             (
                 "*" if m.name == current else "",
@@ -553,7 +553,7 @@ def list_(target: Target, as_json: JsonOption = False) -> None:
                 m.encoder,
                 sum(m.knowledge.values()),
                 sum(m.vectors.values()),
-                ", ".join(f"{kind} {entry.recall:.2f}" for kind, entry in m.similar.items()),
+                f"{min(entry.recall for entry in m.similar.values()):.2f}" if m.similar else "",
             )
             for m in manifests
         ],

@@ -16,9 +16,9 @@ from owlrec.errors import StoreUnavailableError
 from owlrec.ids import stable_id
 from owlrec.releases import current_release, roll_back
 from owlrec.serving.guard import NoTelemetry, Problem
+from owlrec.serving.http_lookup import Lookups
 from owlrec.serving.keys import KeyRing, new_key
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
-from owlrec.serving.lookup import Lookups
 from owlrec.serving.schemas import ONE_PATH, BatchAnswer, SingleAnswer
 from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.workspace import Workspace

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as stn
 
-from owlrec.serving.lookup import _as_bytes, vectors_as_json
+from owlrec.serving.http_lookup import _as_bytes, vectors_as_json
 
 
 @given(stn.arrays(np.float16, st.tuples(st.integers(0, 12), st.integers(1, 6))))

@@ -28,8 +28,8 @@ from owlrec.serving.guard import (
     complete_document,
     never_stopping,
 )
+from owlrec.serving.http_lookup import Lookups
 from owlrec.serving.keys import KeyRing
-from owlrec.serving.lookup import Lookups
 from owlrec.serving.schemas import (
     BATCH_PATH,
     DEFAULT_FIELDS,
@@ -113,8 +113,8 @@ def build_knowledge_api(
 
 
 # --------------------------------------------------------------------------------------------------------- the document
-# What lookup.Lookups answers, described for the OpenAPI document: FastAPI reads signatures and models from here, and no
-# request ever comes here. tests/serving compare both.
+# What http_lookup.Lookups answers, described for the OpenAPI document: FastAPI reads signatures and models from here,
+# and no request ever comes here. tests/serving compare both.
 
 
 described = APIRouter()

@@ -52,7 +52,7 @@ _MANY_ROWS = 8  # vectors from which Arrow's gather is faster than NumPy's
 
 
 @dataclass(slots=True)
-class _Rows:
+class _Found:
     """What the store has for some ids of a kind, aligned with them."""
 
     kind: Kind
@@ -146,7 +146,7 @@ class Lookups:
 
     def _read(
         self, release: Release, kind: Kind, ids: list[int], asked: Sequence[int | str], fields: Sequence[What]
-    ) -> _Rows:
+    ) -> _Found:
         store, n = release.store, len(ids)
         texts = knowledge = vectors = mask = None
         found = [False] * n
@@ -170,7 +170,7 @@ class Lookups:
             self._telemetry.count("hits", hits, {"kind": kind})
         if hits < n:
             self._telemetry.count("misses", n - hits, {"kind": kind})
-        return _Rows(kind, asked, ids, found, texts, knowledge, vectors, mask, codes)
+        return _Found(kind, asked, ids, found, texts, knowledge, vectors, mask, codes)
 
 
 def resolved(raw: int | str) -> int:
@@ -219,7 +219,7 @@ def _format(accept: bytes) -> str:
 # ---------------------------------------------------------------------------------------------------------------- json
 
 
-def _batch_json(release: Release, rows: Sequence[_Rows], *, several: bool, fields: Sequence[What]) -> bytes:
+def _batch_json(release: Release, rows: Sequence[_Found], *, several: bool, fields: Sequence[What]) -> bytes:
     lists = [b'"%s":[%s]' % (one.kind.encode(), b",".join(_as_json(release, one, fields))) for one in rows]
     if several:
         return b'{"release":"%s","kinds":{%s}}' % (release.name.encode(), b",".join(lists))
@@ -227,7 +227,7 @@ def _batch_json(release: Release, rows: Sequence[_Rows], *, several: bool, field
     return b'{"release":"%s","kind":"%s","results":%s}' % (release.name.encode(), rows[0].kind.encode(), results)
 
 
-def _as_json(release: Release, rows: _Rows, fields: Sequence[What]) -> list[bytes]:
+def _as_json(release: Release, rows: _Found, fields: Sequence[What]) -> list[bytes]:
     """Each id as a JSON object."""
     columns = [
         (b"id", [b"%d" % id_ if isinstance(id_, int) else orjson.dumps(id_) for id_ in rows.asked]),
@@ -313,7 +313,7 @@ def _as_bytes(rows: np.ndarray, mask: np.ndarray) -> bytes:
     return values.tobytes()
 
 
-def _as_arrow(release: Release, all_rows: Sequence[_Rows], fields: Sequence[What]) -> bytes:
+def _as_arrow(release: Release, all_rows: Sequence[_Found], fields: Sequence[What]) -> bytes:
     """One Arrow IPC stream: `kind`, `id` (resolved), `found`, and a column for each field, null where it is missing.
 
     The release is in the schema's metadata; provenance is `as_of` (ms), `framework`, `quality` and `from_cohorts`.
