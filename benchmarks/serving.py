@@ -1,9 +1,10 @@
 """Knowledge lookup: the stores, then HTTP beside Feast's online server and a plain FastAPI + SQLite server, on the same
 texts and vectors, each server alone on the machine with the load generator.
 
-Parts (--only): `store`, `http` (latency at 200 requests/s, greatest rate for 1 and for 256 ids), `swaps` (publish,
-swap and roll back under load), `overload` (five times what it can take), `memory` (what further replicas add), `rank`
-(by CTR alone and re-ranked by SmolLM2, see benchmarks.serving_rank), `live` (how a refresh reaches scores, beside
+Parts (--only): `store`, `latency` (at 200 requests/s), `http` (greatest rate for 1 and for 256 ids, in three rounds),
+`swaps` (publish, swap and roll back under load), `overload` (five times what it can take), `memory` (what further
+replicas add), `rank` (by CTR alone and re-ranked by SmolLM2, see benchmarks.serving_rank), `live` (how a refresh
+reaches scores, beside
 frozen fields). Feast runs from an environment of its own: `--feast DIR/bin/python`, made by `python -m venv DIR;
 DIR/bin/pip install feast`.
 """
@@ -29,13 +30,14 @@ from benchmarks.table import Figure, options_parser, show
 from owlrec.releases import KnowledgeStore, open_release, roll_back
 from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE, vectors_table
+from owlrec.serving.schemas import ARROW_TYPE, BATCH_PATH
 from owlrec.storage import fingerprint
 from owlrec.workspace import Workspace
 
 DIM, BATCH = 384, 256
-PARTS = ("store", "http", "swaps", "overload", "memory", "rank", "live")
+_ONE, _MANY = "1 id, text and vector", f"{BATCH} ids, text and vector"
+PARTS = ("store", "latency", "http", "swaps", "overload", "memory", "rank", "live")
 OURS, PLAIN, FEAST = "owlrec", "FastAPI + SQLite", "Feast"
-BATCH_PATH = "/v1/knowledge:batchGet"
 
 
 def main() -> None:
@@ -47,7 +49,14 @@ def main() -> None:
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="owlrec-serving-") as name:
         folder = Path(name)
-        parts = {"store": _store, "http": _http, "swaps": _swaps, "overload": _overload, "memory": _memory}
+        parts = {
+            "store": _store,
+            "latency": _latency,
+            "http": _http,
+            "swaps": _swaps,
+            "overload": _overload,
+            "memory": _memory,
+        }
         parts |= {"rank": measure_rank, "live": measure_live}
         for part in options.only:
             figures += parts[part](folder / part, options)
@@ -122,38 +131,51 @@ def _batches(what: str, method: str, store: KnowledgeStore, n: int, repeats: int
 # ---------------------------------------------------------------------------------------------------------------- http
 
 
-def _http(folder: Path, options: argparse.Namespace) -> list[Figure]:
-    n = 5_000 if options.quick else 100_000
-    seconds = 5.0 if options.quick else 20.0
-    workspace = Workspace(folder / "ws")
+def _latency(folder: Path, options: argparse.Namespace) -> list[Figure]:
+    n, workspace = 5_000 if options.quick else 100_000, Workspace(folder / "ws")
     _release(workspace, n)
-    figures = []
     with serving(workspace) as url:
         ours = _our_load(url, n, 1)
         load(ours, seconds=3, connections=4)
         result = load(ours, rate=200, seconds=10 if options.quick else 60, connections=200)
-        bad = result.asked - result.statuses.get("200", 0)
-        for what, value, unit in (
-            ("p50", result.ok_p50_ms, "ms"),
-            ("p99", result.ok_p99_ms, "ms"),
-            ("errors", bad, f"of {result.asked:,}"),
-        ):
-            figures.append(_figure(f"one id, 200 requests/s, {what}", OURS, value, unit))
-        rates = {OURS: {ids: _greatest(_our_load(url, n, ids), seconds) for ids in (1, BATCH)}}
-    with peer("plain_server.py", sys.executable, workspace, folder, n) as url:
-        rates[PLAIN] = {ids: _greatest(_plain_load(url, n, ids), seconds) for ids in (1, BATCH)}
-    if options.feast:
-        feast = str(Path(options.feast).absolute())  # not resolved: a link to Python that lies in an environment
-        with peer("feast_server.py", feast, workspace, folder, n) as url:
-            rates[FEAST] = {ids: _greatest(_feast_load(url, n, ids), seconds) for ids in (1, BATCH)}
-    else:
-        figures.append(_skipped("greatest rate", "Feast (see --feast)"))
-    for ids in (1, BATCH):
-        for method, method_rates in rates.items():
-            figure = _figure(f"greatest rate, {ids} ids, text and vector", method, method_rates[ids], "requests/s")
-            if method != OURS:
-                figure = figure.model_copy(update={"ratio_to": OURS, "ratio": method_rates[ids] / rates[OURS][ids]})
-            figures.append(figure)
+    bad = result.asked - result.statuses.get("200", 0)
+    return [
+        _figure("one id, 200 requests/s, p50", OURS, result.ok_p50_ms, "ms"),
+        _figure("one id, 200 requests/s, p99", OURS, result.ok_p99_ms, "ms"),
+        _figure("one id, 200 requests/s, errors", OURS, bad, f"of {result.asked:,}"),
+    ]
+
+
+def _http(folder: Path, options: argparse.Namespace) -> list[Figure]:
+    """Greatest rates, ours and the peers' in turns; of the rounds, the median."""
+    n, rounds, seconds = 5_000 if options.quick else 50_000, 1 if options.quick else 3, 5.0
+    workspace = Workspace(folder / "ws")
+    _release(workspace, n)
+    rates: dict[tuple[str, str], list[float]] = {}
+    arrow = {"Accept": ARROW_TYPE}
+    for _ in range(rounds):
+        with serving(workspace) as url:
+            for what, job in (
+                (_ONE, _our_load(url, n, 1)),
+                (_MANY, _our_load(url, n, BATCH)),
+                (f"{_MANY}, Arrow", _our_load(url, n, BATCH, headers=arrow)),
+            ):
+                rates.setdefault((what, OURS), []).append(_greatest(job, seconds))
+        with peer("plain_server.py", sys.executable, workspace, folder, n) as url:
+            for what, ids in ((_ONE, 1), (_MANY, BATCH)):
+                rates.setdefault((what, PLAIN), []).append(_greatest(_plain_load(url, n, ids), seconds))
+        if options.feast:
+            feast = str(Path(options.feast).absolute())  # not resolved: a link to Python that lies in an environment
+            with peer("feast_server.py", feast, workspace, folder, n) as url:
+                for what, ids in ((_ONE, 1), (_MANY, BATCH)):
+                    rates.setdefault((what, FEAST), []).append(_greatest(_feast_load(url, n, ids), seconds))
+    figures = [] if options.feast else [_skipped("greatest rate", "Feast (see --feast)")]
+    for (what, method), values in sorted(rates.items()):
+        figure = _figure(f"greatest rate, {what}", method, float(np.median(values)), "requests/s")
+        if method == OURS:
+            plain = float(np.median(rates[what.removesuffix(", Arrow"), PLAIN]))
+            figure = figure.model_copy(update={"ratio_to": PLAIN, "ratio": figure.value / plain})
+        figures.append(figure)
     return figures
 
 
@@ -223,7 +245,7 @@ def _swaps(folder: Path, options: argparse.Namespace) -> list[Figure]:
 
 
 def _overload(folder: Path, options: argparse.Namespace) -> list[Figure]:
-    n, seconds = 20_000, 8.0 if options.quick else 30.0
+    n, seconds = 20_000, 8.0 if options.quick else 60.0
     workspace = Workspace(folder / "ws")
     _release(workspace, n)
     with serving(workspace) as url:

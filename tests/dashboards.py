@@ -27,7 +27,7 @@ _TOKEN = re.compile(
 )
 _FUNCTIONS = {
     "absent", "avg", "count", "histogram_quantile", "increase", "last_over_time", "max", "max_over_time", "min", "rate",
-    "sum", "vector",
+    "sum", "time", "vector",
 }  # fmt: skip
 _GROUPINGS = {"by", "without", "on", "ignoring", "group_left", "group_right"}
 _KEYWORDS = {"and", "or", "unless", "offset", "bool"}

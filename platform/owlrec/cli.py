@@ -3,12 +3,10 @@
 Commands import stages and other heavy modules themselves: `owlrec lookup` needs neither torch nor Ray.
 """
 
-import getpass
 import json
 import os
 import shlex
 import signal
-import socket
 import sys
 import threading
 import time
@@ -37,7 +35,7 @@ from owlrec.ids import KINDS, Kind, as_ids
 from owlrec.lookup import is_recipe, workspace_of
 from owlrec.ops.console import note, progress, stage_header, table, warn
 from owlrec.releases.format import list_releases
-from owlrec.releases.release import current_release, open_release, pointer, roll_back
+from owlrec.releases.release import actor, current_release, open_release, pointer, release_events, roll_back
 from owlrec.runs import STAGES
 from owlrec.shards import Card, finished_stage
 from owlrec.workspace import Workspace
@@ -517,11 +515,16 @@ def serve(
 @app.command()
 def keys(
     name: Annotated[str, typer.Argument(help="owner of the key: letters, digits, dots, dashes, underscores")],
+    scope: Annotated[
+        list[str] | None, typer.Option("--scope", help="lookup (default), rank, explore or admin; may be repeated")
+    ] = None,
+    rate: Annotated[float | None, typer.Option("--rate", help="requests/s that one replica answers")] = None,
+    expires: Annotated[str | None, typer.Option("--expires", help="first day without it, 2027-01-31")] = None,
 ) -> None:
     """Create an API key: `owlrec keys shop >> keys.txt` shows the key once and appends its hash to the file."""
     from owlrec.serving.keys import new_key
 
-    key, line = new_key(name)
+    key, line = new_key(name, scope or ["lookup"], rate=rate, expires=expires)
     print(f"key of {name}, shown only once: {key}", file=sys.stderr)
     print(line)
 
@@ -540,7 +543,7 @@ def list_(target: Target, as_json: JsonOption = False) -> None:
         return
     table(
         f"releases of {store.root}",
-        ["", "release", "delta of", "model", "encoder", "texts", "vectors"],
+        ["", "release", "delta of", "model", "encoder", "texts", "vectors", "recall"],
         [
             (
                 "*" if m.name == current else "",
@@ -550,10 +553,21 @@ def list_(target: Target, as_json: JsonOption = False) -> None:
                 m.encoder,
                 sum(m.knowledge.values()),
                 sum(m.vectors.values()),
+                f"{min(entry.recall for entry in m.similar.values()):.2f}" if m.similar else "",
             )
             for m in manifests
         ],
     )
+
+
+@release_app.command()
+def log(target: Target, as_json: JsonOption = False) -> None:
+    """Show who published, rolled back and removed releases, and when. OWLREC_ACTOR names a scheduler."""
+    events = release_events(workspace_of(target))
+    if as_json:
+        _print_json([event.model_dump() for event in events])
+        return
+    table("releases", ["at", "event", "release", "by"], [(e.at, e.event, e.release, e.by) for e in events])
 
 
 @release_app.command()
@@ -572,7 +586,7 @@ def hold(
 ) -> None:
     """Keep the current release: publish, refresh, compact and rollback are refused until `release unhold`."""
     store = workspace_of(target)
-    pointer(store).hold(reason, f"{getpass.getuser()}@{socket.gethostname()}")
+    pointer(store).hold(reason, actor())
     note(f"release {current_release(store)} stays current until `owlrec release unhold`")
 
 

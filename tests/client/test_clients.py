@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
-from served_world import knowledge_app, publish_world
+from served_world import SCRIPT, knowledge_app, publish_world
 from starlette.testclient import TestClient
 from test_ranking import CTR, LLM, Table
 
@@ -26,7 +26,7 @@ from owlrec.serving.keys import KeyRing, new_key
 from owlrec.serving.rank_api import Cascade, build_rank_api
 from owlrec.workspace import Workspace
 
-KEY, LINE = new_key("shop")
+KEY, LINE = new_key("shop", ["lookup", "rank"])
 LOCAL = "http://localhost"
 ONCE = RetryPolicy(attempts=1)
 
@@ -62,13 +62,13 @@ def workspace(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def applications(workspace, tmp_path_factory):
+def applications(workspace):
     """Knowledge, which wants a key, and ranking under a prefix of its own."""
 
     async def ready():
         return None
 
-    knowledge, _ = knowledge_app(workspace, tmp_path_factory.mktemp("indexes"), KeyRing(text=LINE))
+    knowledge, _ = knowledge_app(workspace, KeyRing(text=LINE))
     cascade = Cascade(Table(CTR), Table(LLM))
     return knowledge, build_rank_api(cascade, KeyRing(text=LINE), Limits(), NoTelemetry(), ready)
 
@@ -131,11 +131,25 @@ def test_vectors_as_numpy(owl, workspace):
     assert vectors.mask.tolist() == [True, False, True]
 
 
+def test_a_table_of_several_kinds(owl, workspace):
+    table = owl.table({"user": [2, 9], "item": ["7"]}, ["text", "vector"], if_release=current_release(workspace))
+    assert table.schema.metadata == {b"release": current_release(workspace).encode()}
+    assert table.drop_columns("text").to_pylist() == [
+        {"kind": "user", "id": 2, "found": True, "vector": [0, 2]},
+        {"kind": "user", "id": 9, "found": False, "vector": None},
+        {"kind": "item", "id": 7, "found": True, "vector": [pytest.approx(0.1, abs=1e-4), -2]},
+    ]
+    assert table["text"].to_pylist() == [SCRIPT, None, "first a film"]
+    with pytest.raises(ClientError) as refused:
+        owl.batch_get("user", [1], if_release="20200101T000000Z-00000000")
+    assert refused.value.status == 409
+
+
 def test_similar_entities(owl):
-    assert [n.id for n in owl.similar("user", 5).results] == [2, 1]
+    assert [n.id for n in owl.similar("user", 5).results] == [3, 2, 1]
     near = owl.similar("user", vector=np.array([2, 1], np.float32), limit=1)
-    assert near.results[0].id == 1
-    assert near.results[0].score == pytest.approx(2 / 5**0.5, abs=1e-4)
+    assert near.results[0].id == 3
+    assert near.results[0].score == pytest.approx(7 / 50**0.5, abs=1e-4)
     assert owl.similar("user", 9) is None
 
 
@@ -159,7 +173,7 @@ def test_ranking(owl):
     [
         (lambda owl: owl.get("film", 1), "kind"),
         (lambda owl: owl.get("user/../item", 1), "kind"),
-        (lambda owl: owl.get("user", "1"), "ids[0]"),
+        (lambda owl: owl.get("user", ""), "ids[0]"),
         (lambda owl: owl.get("user", -1), "ids[0]"),
         (lambda owl: owl.batch_get("user", []), "ids"),
         (lambda owl: owl.batch_get("user", [1, 1]), "ids"),
@@ -201,7 +215,7 @@ def test_keys_are_not_shown():
 
 def test_both_clients_have_the_same_calls():
     calls = [n for n, f in inspect.getmembers(Client, inspect.isfunction) if not n.startswith("_")]
-    assert len(calls) == 8
+    assert len(calls) == 9
     for name in calls:
         assert inspect.signature(getattr(Client, name)) == inspect.signature(getattr(AsyncClient, name))
 
@@ -278,8 +292,8 @@ def test_threads_share_one_client(connect):
 
 
 @pytest.mark.parametrize("name", ["Client", "AsyncClient"])
-def test_the_docstring_of_each_client_holds_an_example_that_runs(name, workspace, tmp_path, monkeypatch):
-    app, _ = knowledge_app(workspace, tmp_path)
+def test_the_docstring_of_each_client_holds_an_example_that_runs(name, workspace, monkeypatch):
+    app, _ = knowledge_app(workspace)
     blocking, waiting = httpx.Client, httpx.AsyncClient
     with TestClient(app, base_url="http://127.0.0.1:8000", client=("127.0.0.1", 1)) as web:
         monkeypatch.setattr(httpx, "Client", lambda transport: blocking(transport=InProcess(web)))

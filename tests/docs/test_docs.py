@@ -412,7 +412,7 @@ def test_python_on_the_serving_page_gets_its_answers(walk: Walk, monkeypatch: py
     from owlrec.serving.keys import KeyRing
     from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
     from owlrec.serving.rank_api import Cascade, build_rank_api
-    from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
+    from owlrec.serving.served import ServedReleases, WorkspaceReleases
     from owlrec.workspace import Workspace
 
     class Descending:
@@ -423,8 +423,8 @@ def test_python_on_the_serving_page_gets_its_answers(walk: Walk, monkeypatch: py
         return None
 
     store = Workspace(walk.folder / "runs" / "shop")
-    served, keys = ServedReleases(WorkspaceReleases(store)), KeyRing(None, None)
-    knowledge = build_knowledge_api(served, SimilarEntities(store.root), keys, KnowledgeConfig(), NoTelemetry())
+    served, keys = ServedReleases(WorkspaceReleases(store, similar=True)), KeyRing(None, None)
+    knowledge = build_knowledge_api(served, keys, KnowledgeConfig(), NoTelemetry())
     rank = build_rank_api(Cascade(Descending(), Descending()), keys, Limits(), NoTelemetry(), ready)
     printed = []
     with TestClient(knowledge, HOST) as knowledge_client, TestClient(rank, HOST) as rank_client:

@@ -21,7 +21,7 @@ from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.schema import KNOWLEDGE, vectors_schema
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
-from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
+from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.workspace import Workspace
 
 pytestmark = pytest.mark.e2e
@@ -88,10 +88,10 @@ def published(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def url(published: Path, tmp_path: Path) -> Iterator[str]:
+def url(published: Path) -> Iterator[str]:
     """A server of the release, in this process."""
     served = ServedReleases(WorkspaceReleases(Workspace(published)))
-    app = build_knowledge_api(served, SimilarEntities(str(published), tmp_path), KeyRing(), KnowledgeConfig())
+    app = build_knowledge_api(served, KeyRing(), KnowledgeConfig())
     server = uvicorn.Server(uvicorn.Config(app, port=(port := free_port()), log_level="error", lifespan="on"))
     thread = threading.Thread(target=server.run)
     thread.start()

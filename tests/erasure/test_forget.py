@@ -162,7 +162,7 @@ def test_no_byte_is_left(tmp_path: Path, cache: Path, asked: list[str]) -> None:
     }  # fmt: skip
     others, first = answers(workspace), current_release(workspace)
 
-    app, _ = knowledge_app(workspace, tmp_path / "indexes")
+    app, _ = knowledge_app(workspace)
     with TestClient(app, base_url="http://localhost") as web:
         path = f"/v1/knowledge/user/{ID}"
         answer = web.get(path)
@@ -226,7 +226,7 @@ def test_a_server_knows_within_two_seconds(tmp_path: Path, cache: Path) -> None:
 
     workspace = Workspace(tmp_path / "ws")
     publish_world(workspace, "first")
-    app, _ = knowledge_app(workspace, tmp_path / "indexes")
+    app, _ = knowledge_app(workspace)
     with TestClient(app, base_url="http://localhost") as web:
         assert web.get("/v1/knowledge/user/1").status_code == 200
         threading.Thread(target=write_tombstones, args=(workspace, np.array([1]))).start()

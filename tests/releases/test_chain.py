@@ -132,7 +132,8 @@ BASE_TOTALS = {"user": 1, "cohort": 1, "item": 1}
 def test_a_chain_codes_by_the_codebooks_of_its_full_release(workspace, full):
     rows = Rows(vectors={("user", 7): [[1, 1]], ("user", 1): [[2, 2]]}, codes={("user", 7): (1, 2, 9)})
     delta = publish_rows(workspace, "d", rows, delta_of=full)
-    assert (delta.codes, delta.files.keys()) == ({"user": 2}, {"parts/00000.lmdb", "parts/00000.ids"})
+    files = {"parts/00000.lmdb", "parts/00000.ids", "parts/00000-user.faiss"}
+    assert (delta.codes, delta.files.keys()) == ({"user": 2}, files)
     assert {k: (e.sizes, e.codebooks) for k, e in delta.semantic_ids.items()} == {
         kind: (CODE_SIZES, quantizer.fingerprint) for kind, quantizer in QUANTIZERS.items()
     }

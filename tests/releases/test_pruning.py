@@ -7,6 +7,7 @@ from release_rows import DELTAS, FULL, publish_chain, publish_rows, texts
 
 from owlrec.errors import ReleaseError
 from owlrec.releases import current_release, list_releases, open_release, retention, roll_back
+from owlrec.releases.release import release_events
 from owlrec.releases.retention import prune
 from owlrec.workspace import Workspace
 
@@ -23,7 +24,7 @@ def age(workspace, name, seconds):
     workspace.write_json(path, manifest)
 
 
-def test_prune_keeps_what_is_current_recent_young_or_needed(workspace):
+def test_prune_keeps_what_is_current_recent_young_or_needed(workspace, monkeypatch):
     names = publish_chain(workspace)
     old = [publish_rows(workspace, text, FULL).name for text in "abc"]
     delta = publish_rows(workspace, "on c", texts({("user", 1): "x"}), delta_of=old[2]).name
@@ -33,7 +34,12 @@ def test_prune_keeps_what_is_current_recent_young_or_needed(workspace):
     young = publish_rows(workspace, "young", FULL).name
     current = roll_back(workspace)  # a reader of `young` may still be around
     history = workspace.read_json("releases/CURRENT")
+    monkeypatch.setenv("OWLREC_ACTOR", "nightly")
     assert prune(workspace, keep=2) == sorted([*names, old[0], old[1]])
+    events = release_events(workspace)
+    assert {(e.event, e.release) for e in events if e.by == "nightly"} == {("remove", n) for n in (*names, *old[:2])}
+    assert ("rollback", current) in [(e.event, e.release) for e in events if e.by != "nightly"]
+    assert {e.release for e in events if e.event == "publish"} >= {*names, *old, delta, young}
     left = [m.name for m in list_releases(workspace)]
     assert sorted(left) == sorted([old[2], delta, current, young])  # c, since the delta is read on top of it
     assert workspace.read_json("releases/CURRENT") == history

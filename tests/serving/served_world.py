@@ -1,8 +1,5 @@
 """A small release to serve: vectors of two components, a user whom only a cohort knows, one who is known to nobody."""
 
-import os
-from pathlib import Path
-
 import pyarrow as pa
 from release_rows import Rows, publish_rows, tables
 
@@ -10,7 +7,7 @@ from owlrec.releases.build import ReleaseInfo, publish
 from owlrec.serving.guard import Stopping, never_stopping
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
-from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
+from owlrec.serving.served import PINNED_S, ServedReleases, WorkspaceReleases
 from owlrec.sources.splits import SplitConfig, for_histories, last_behaviors
 from owlrec.workspace import Workspace
 
@@ -53,12 +50,9 @@ def served_behaviors(workspace: Workspace, interactions: pa.Table, split: SplitC
     return served
 
 
-def knowledge_app(
-    workspace: Workspace, folder: Path, keys: KeyRing | None = None, stopping: Stopping = never_stopping, **config
-):
+def knowledge_app(workspace: Workspace, keys: KeyRing | None = None, stopping: Stopping = never_stopping, **config):
     """The application, and the releases it serves."""
-    served = ServedReleases(WorkspaceReleases(workspace))
-    os.makedirs(folder, exist_ok=True)
-    similar = SimilarEntities(workspace.root, folder)
-    settings = KnowledgeConfig(**config)
-    return build_knowledge_api(served, similar, keys or KeyRing(), settings, stopping=stopping), served
+    served = ServedReleases(WorkspaceReleases(workspace, similar=True), pinned_s=PINNED_S)
+    audit = config.pop("audit", None)
+    api = build_knowledge_api(served, keys or KeyRing(), KnowledgeConfig(**config), stopping=stopping, audit=audit)
+    return api, served

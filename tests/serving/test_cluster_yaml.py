@@ -21,7 +21,7 @@ from owlrec.workspace import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = yaml.safe_load((ROOT / "serve_apps" / "cluster.yaml").read_text())
-KEY, LINE = new_key("tests")
+KEY, LINE = new_key("tests", ["admin"])
 
 
 def test_serves_own_schema_takes_it():

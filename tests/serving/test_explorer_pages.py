@@ -16,7 +16,7 @@ from owlrec.serving.keys import KeyRing, new_key
 from owlrec.serving.knowledge_api import KnowledgeConfig
 from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import RankAnswer
-from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
+from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.workspace import Workspace
 
 
@@ -77,9 +77,7 @@ def by_ctr_alone(asked):
 
 
 def explorer(workspace, folder, keys=None, rank=None):
-    served = ServedReleases(WorkspaceReleases(workspace))
-    folder.mkdir(exist_ok=True)
-    similar = SimilarEntities(workspace.root, folder)
+    served = ServedReleases(WorkspaceReleases(workspace, similar=True))
     config = KnowledgeConfig(refresh_s=0.05)
 
     async def ranker(asked):
@@ -87,7 +85,7 @@ def explorer(workspace, folder, keys=None, rank=None):
         return rank(asked)
 
     tables, keys = WorkspaceTables(workspace), keys or KeyRing()
-    return build_explorer(served, similar, tables, keys, config, ranker=ranker if rank else None)
+    return build_explorer(served, tables, keys, config, ranker=ranker if rank else None)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +125,7 @@ def test_search_by_id_and_by_title(web):
 def test_a_user_with_history_and_neighbors(web):
     page = web.get("/user/1").text
     assert "first likes films" in page
-    assert links(page) == ["/item/11", "/item/9", "/item/7", "/user/2"]
+    assert links(page) == ["/item/11", "/item/9", "/item/7", "/user/3", "/user/2"]
     assert "item 11" in page  # a title that the catalog lacks
     assert page.count("rated") == 2
     assert "rated 3.5" in page
@@ -183,7 +181,7 @@ def test_every_page_can_be_used_without_a_mouse(web):
 
 def test_it_works_without_tables_and_with_a_swap(tmp_path):
     workspace = Workspace(tmp_path / "ws")
-    key, line = new_key("anna")
+    key, line = new_key("anna", ["explore"])
     with TestClient(explorer(workspace, tmp_path / "i", KeyRing(text=line))) as web:
         web.auth = ("anna", key)
         assert web.get("/").status_code == 503

@@ -8,7 +8,17 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from owlrec.serving.guard import Guard, Limits, Problem, install_problem_handlers
+from owlrec.errors import ServingError
+from owlrec.serving.guard import (
+    READ_KEY,
+    AuditLog,
+    Guard,
+    Limits,
+    Line,
+    Problem,
+    Reply,
+    install_problem_handlers,
+)
 from owlrec.serving.keys import KeyRing, new_key
 
 KEY, LINE = new_key("shop")
@@ -29,7 +39,8 @@ class Recorder:
         raise AssertionError(name)
 
 
-def guarded(keys=None, telemetry=None, **limits):
+def guarded(keys=None, telemetry=None, options=None, **limits):
+    options = options or {}
     app = FastAPI()
     install_problem_handlers(app)
     app.state.open = asyncio.Event()
@@ -55,7 +66,9 @@ def guarded(keys=None, telemetry=None, **limits):
     async def problem():
         raise Problem(418, "no coffee", field="drink", headers={"x-more": "yes"})
 
-    app.add_middleware(Guard, keys=keys or KeyRing(), limits=Limits(**limits), telemetry=telemetry)
+    app.add_middleware(
+        Guard, keys=keys or KeyRing(), limits=Limits(**limits), scope="lookup", telemetry=telemetry, **options
+    )
     return app
 
 
@@ -103,9 +116,98 @@ def test_only_a_valid_key_opens():
     run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("made", "status", "words"),
+    [
+        ({"scopes": ["rank"]}, 403, ["'lookup'", "owlrec keys NAME --scope lookup"]),
+        ({"scopes": ["admin"]}, 418, []),
+        ({"expires": "2020-01-01"}, 401, ["expired", "owlrec keys"]),
+        ({"expires": "2999-01-01"}, 418, []),
+    ],
+)
+def test_a_key_opens_what_its_scopes_name_until_it_expires(made, status, words):
+    key, line = new_key("shop", **made)
+
+    async def scenario():
+        async with client(guarded(KeyRing(text=line)), headers={"Authorization": f"Bearer {key}"}) as web:
+            response = await web.get("/problem")
+            check_problem(response, status, *words)
+            if status == 401:
+                assert response.headers["www-authenticate"] == "Bearer"
+
+    run(scenario())
+
+
+def test_a_key_has_a_rate():
+    key, line = new_key("shop", rate=2)
+
+    async def scenario():
+        async with client(guarded(KeyRing(text=line)), headers={"Authorization": f"Bearer {key}"}) as web:
+            statuses = [(await web.get("/problem")).status_code for _ in range(3)]
+            assert statuses == [418, 418, 429]
+            refused = await web.get("/problem")
+            check_problem(refused, 429, "2 requests/s")
+            assert refused.headers["retry-after"] == "1"
+            await asyncio.sleep(0.6)
+            assert (await web.get("/problem")).status_code == 418
+
+    run(scenario())
+
+
+def test_the_line_reads_new_requests_between_those_that_compute():
+    async def scenario():
+        line, events = Line(), []
+        line.took(0.1)  # slower than a round: one per round
+
+        async def one(number):
+            await line.turn()
+            events.append(number)
+
+        waiting = [asyncio.create_task(one(number)) for number in range(4)]
+        asyncio.get_running_loop().call_later(0, events.append, "new")
+        gone = asyncio.create_task(one("gone"))
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.gather(*waiting)
+        assert [e for e in events if e != "new"] == [0, 1, 2, 3]
+        assert events.index("new") < events.index(2)
+
+    run(scenario())
+
+
+def test_the_audit_log_says_who_read_whom_without_ids(tmp_path):
+    class Answers:
+        computes = True
+
+        def route(self, method, path):
+            return "/read" if path == "/read" else None
+
+        async def answer(self, scope, path, headers, body):
+            scope[READ_KEY] = [("user", [4711, 4712])]
+            return Reply(200, [], b"")
+
+    audit = AuditLog(tmp_path / "audit", "s" * 16)
+
+    async def scenario():
+        app = guarded(KeyRing(text=LINE), options={"direct": Answers(), "audit": audit})
+        async with client(app, headers={"Authorization": f"Bearer {KEY}", "x-request-id": "r-1"}) as web:
+            assert (await web.get("/read")).status_code == 200
+            assert (await web.get("/problem")).status_code == 418
+
+    run(scenario())
+    (file,) = (tmp_path / "audit").iterdir()
+    (line,) = map(json.loads, file.read_text().splitlines())
+    assert file.stat().st_mode & 0o077 == 0
+    assert (line["key"], line["route"], line["status"], line["request"]) == ("shop", "/read", 200, "r-1")
+    assert line["ids"] == {"user": [audit.hashed("user", 4711), audit.hashed("user", 4712)]}
+    assert "4711" not in file.read_text()
+    with pytest.raises(ServingError, match="OWLREC_AUDIT_SECRET"):
+        AuditLog(tmp_path, "short")
+
+
 def test_browsers_ask_people_for_the_key():
     async def scenario():
-        app = Guard(_hello, keys=KeyRing(text=LINE), limits=Limits(), browser=True)
+        app = Guard(_hello, keys=KeyRing(text=LINE), limits=Limits(), scope="lookup", browser=True)
         async with client(app) as web:
             refused = await web.get("/")
             check_problem(refused, 401)

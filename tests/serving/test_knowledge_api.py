@@ -2,20 +2,30 @@
 
 import threading
 import time
+from collections import Counter
+from unittest.mock import Mock
 
+import lmdb
 import numpy as np
 import pytest
+from release_rows import Rows, publish_rows
 from served_world import SCRIPT, knowledge_app, publish_world
 from starlette.testclient import TestClient
 
 from owlrec.errors import StoreUnavailableError
+from owlrec.ids import stable_id
 from owlrec.releases import current_release, roll_back
+from owlrec.serving.guard import NoTelemetry, Problem
+from owlrec.serving.http_lookup import Lookups
 from owlrec.serving.keys import KeyRing, new_key
-from owlrec.serving.served import SimilarEntities
+from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
+from owlrec.serving.schemas import ONE_PATH, BatchAnswer, SingleAnswer
+from owlrec.serving.served import ServedReleases, WorkspaceReleases
 from owlrec.workspace import Workspace
 
 BATCH, SIMILAR = "/v1/knowledge:batchGet", "/v1/knowledge:similar"
 BYTES = {"Accept": "application/octet-stream"}
+ARROW = {"Accept": "application/vnd.apache.arrow.stream"}
 LOCAL = "http://localhost"
 
 
@@ -28,7 +38,7 @@ def workspace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def web(workspace, tmp_path_factory):
-    app, _ = knowledge_app(workspace, tmp_path_factory.mktemp("indexes"))
+    app, _ = knowledge_app(workspace)
     with TestClient(app, base_url=LOCAL, raise_server_exceptions=False) as client:
         yield client
 
@@ -104,11 +114,11 @@ def test_a_copy_that_still_holds_is_not_sent_again(web):
 
 def test_similar_entities(web):
     body = web.post(SIMILAR, json={"kind": "user", "id": 1, "limit": 5}).json()
-    assert body["results"] == [{"id": 2, "score": 0.0}]  # user 3 has no text, and so is in no list of ids
+    assert [(r["id"], r["score"]) for r in body["results"]] == [(3, pytest.approx(3 / 10**0.5, abs=1e-4)), (2, 0.0)]
     body = web.post(SIMILAR, json={"kind": "user", "vector": [2, 1.0], "limit": 1}).json()
-    assert [(r["id"], r["score"]) for r in body["results"]] == [(1, pytest.approx(2 / 5**0.5, abs=1e-4))]
+    assert [(r["id"], r["score"]) for r in body["results"]] == [(3, pytest.approx(7 / 50**0.5, abs=1e-4))]
     cohort = web.post(SIMILAR, json={"kind": "user", "id": 5}).json()["results"]  # by its cohort's vector
-    assert [r["id"] for r in cohort] == [2, 1]
+    assert [r["id"] for r in cohort] == [3, 2, 1]
 
 
 def test_the_release_in_use_is_described(web, workspace):
@@ -126,13 +136,20 @@ WRONG = {"kind": "user", "id": 1, "limit": 3}
     ("path", "body", "field"),
     [
         (BATCH, GOOD | {"kind": "film"}, "kind"),
-        (BATCH, GOOD | {"kind": None}, "kind"),
-        (BATCH, {"ids": [1]}, "kind"),
-        (BATCH, {"kind": "user"}, "ids"),
+        (BATCH, GOOD | {"kind": None}, "body"),
+        (BATCH, {"ids": [1]}, "body"),
+        (BATCH, {"kind": "user"}, "body"),
+        (BATCH, GOOD | {"kinds": {"user": [1]}}, "body"),
+        (BATCH, {"kinds": {"user": [1], "film": [2]}}, "kinds.film.[key]"),
+        (BATCH, {"kinds": {"user": [1], "item": []}}, "kinds.item"),
+        (BATCH, {"kinds": {"user": [1, 1]}}, "kinds"),
+        (BATCH, {"kinds": {"user": list(range(600)), "item": list(range(600))}}, "kinds"),
+        (BATCH, {"kinds": {}}, "kinds"),
         (BATCH, GOOD | {"ids": []}, "ids"),
         (BATCH, GOOD | {"ids": [1, 2, 1]}, "ids"),
         (BATCH, GOOD | {"ids": list(range(1001))}, "ids"),
-        (BATCH, GOOD | {"ids": ["1"]}, "ids[0]"),
+        (BATCH, GOOD | {"ids": [""]}, "ids[0]"),
+        (BATCH, GOOD | {"ids": ["x" * 513]}, "ids[0]"),
         (BATCH, GOOD | {"ids": [5, 1.0]}, "ids[1]"),
         (BATCH, GOOD | {"ids": [True]}, "ids[0]"),
         (BATCH, GOOD | {"ids": [-1]}, "ids[0]"),
@@ -189,10 +206,11 @@ def test_bodies_made_to_break_it_get_4xx(web, content):
 @pytest.mark.parametrize(
     ("path", "status"),
     [
-        ("user/x", 422), ("user/-1", 422), ("user/1.0", 422), ("user/1_0", 422), ("user/%20%31", 422), ("user/", 404),
-        ("user/9223372036854775808", 422), ("user/99999999999999999999", 422), ("user/٣", 422), ("film/1", 422),
-        ("user/1?fields=password", 422), ("user/..%2f..%2fetc", 404), ("user/1'%20OR%201=1", 422),
-        ("%7B%7B7*7%7D%7D/1", 422), ("user/9", 404), ("user/1%00", 422), ("user/" + "1" * 5000, 422),
+        ("user/x", 404), ("user/-1", 404), ("user/1.0", 404), ("user/1_0", 404), ("user/%20%31", 404), ("user/", 404),
+        ("user/9223372036854775808", 404), ("user/99999999999999999999", 404), ("user/٣", 404), ("film/1", 422),
+        ("user/1?fields=password", 422), ("user/..%2f..%2fetc", 404), ("user/1'%20OR%201=1", 404),
+        ("%7B%7B7*7%7D%7D/1", 422), ("user/9", 404), ("user/1%00", 404), ("user/" + "1" * 5000, 422),
+        ("user/1?fields=text&fields=text&fields=text&fields=text&fields=text", 422),
     ],
 )  # fmt: skip
 def test_paths_made_to_break_it_get_4xx(web, path, status):
@@ -204,7 +222,7 @@ def test_paths_made_to_break_it_get_4xx(web, path, status):
 
 def test_no_release_is_not_ready_and_becomes_so(tmp_path):
     workspace = Workspace(tmp_path / "ws")
-    app, _ = knowledge_app(workspace, tmp_path / "indexes", refresh_s=0.05)
+    app, _ = knowledge_app(workspace, refresh_s=0.05)
     with TestClient(app, base_url=LOCAL) as web:
         assert web.get("/healthz").status_code == 200
         assert web.get("/readyz").status_code == 503
@@ -218,7 +236,7 @@ def test_no_release_is_not_ready_and_becomes_so(tmp_path):
 
 def test_a_process_that_was_asked_to_stop_is_not_ready_and_finishes_what_it_has(workspace, tmp_path):
     asked = threading.Event()
-    app, _ = knowledge_app(workspace, tmp_path / "indexes", stopping=asked.is_set)
+    app, _ = knowledge_app(workspace, stopping=asked.is_set)
     with TestClient(app, base_url=LOCAL) as web:
         assert web.get("/readyz").status_code == 200
         asked.set()
@@ -231,7 +249,7 @@ def test_a_process_that_was_asked_to_stop_is_not_ready_and_finishes_what_it_has(
 def test_swaps_and_roll_backs_are_seen_and_never_mixed(tmp_path):
     workspace = Workspace(tmp_path / "ws")
     names = {publish_world(workspace, label): label for label in ("first", "second")}
-    app, _ = knowledge_app(workspace, tmp_path / "indexes", refresh_s=0.02)
+    app, _ = knowledge_app(workspace, refresh_s=0.02)
     seen, stop = set(), threading.Event()
 
     def move():
@@ -258,7 +276,7 @@ def test_swaps_and_roll_backs_are_seen_and_never_mixed(tmp_path):
 def test_a_release_that_cannot_be_opened_leaves_the_old_one_in_use(tmp_path):
     workspace = Workspace(tmp_path / "ws")
     first = publish_world(workspace, "first")
-    app, served = knowledge_app(workspace, tmp_path / "indexes", refresh_s=60)
+    app, served = knowledge_app(workspace, refresh_s=60)
     with TestClient(app, base_url=LOCAL) as web:
         second = publish_world(workspace, "second")
         file = workspace.local_path("releases", second, "parts/00000.lmdb")
@@ -277,7 +295,7 @@ def test_a_release_that_cannot_be_opened_leaves_the_old_one_in_use(tmp_path):
 def test_a_store_that_does_not_answer_is_503(tmp_path, monkeypatch):
     workspace = Workspace(tmp_path / "ws")
     publish_world(workspace, "first")
-    app, served = knowledge_app(workspace, tmp_path / "indexes")
+    app, served = knowledge_app(workspace)
 
     def away(*_):
         raise StoreUnavailableError("redis://secret-host is gone")
@@ -292,7 +310,7 @@ def test_a_store_that_does_not_answer_is_503(tmp_path, monkeypatch):
 
 def test_the_document_says_how_to_authenticate(tmp_path):
     key, line = new_key("docs")
-    app, _ = knowledge_app(Workspace(tmp_path / "ws"), tmp_path / "indexes", KeyRing(text=line))
+    app, _ = knowledge_app(Workspace(tmp_path / "ws"), KeyRing(text=line))
     with TestClient(app) as web:
         assert web.get("/openapi.json").status_code == 401
         document = web.get("/openapi.json", headers={"Authorization": f"Bearer {key}"}).json()
@@ -300,17 +318,136 @@ def test_the_document_says_how_to_authenticate(tmp_path):
     assert set(document["paths"]) >= {"/v1/knowledge/{kind}/{id}", BATCH, SIMILAR, "/v1/releases/current"}
     responses = document["paths"][BATCH]["post"]["responses"]
     assert list(responses["422"]["content"]) == ["application/problem+json"]
-    assert set(responses["200"]["content"]) == {"application/json", "application/octet-stream"}
+    assert set(responses["200"]["content"]) == {"application/json", *BYTES.values(), ARROW["Accept"]}
 
 
-def test_indexes_of_releases_that_are_not_served_are_removed(tmp_path):
-    similar = SimilarEntities("root", tmp_path)
-    for name in ("20260101T000000Z-aaaaaaaa-user.faiss", "20260102T000000Z-bbbbbbbb-user.faiss"):
-        (tmp_path / name).touch()
-    similar.forget_all_but(None)
-    assert len(list(tmp_path.iterdir())) == 2
-    similar.forget_all_but("20260102T000000Z-bbbbbbbb")
-    assert [p.name[:16] for p in tmp_path.iterdir()] == ["20260102T000000Z"]
+def test_what_is_answered_directly_is_what_the_document_describes(web):
+    lookups = Lookups(ServedReleases(None), NoTelemetry())
+    paths = web.get("/openapi.json").json()["paths"]
+    direct = {(m, p) for p in paths for m in paths[p] if _routed(lookups, m.upper(), p.replace("{kind}", "user"))}
+    assert direct == {("get", ONE_PATH), ("post", BATCH)}
+    assert paths[BATCH]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/BatchGet")
+    for method, path in (("PUT", BATCH), ("DELETE", "/v1/knowledge/user/1")):
+        refused = web.request(method, path)
+        assert (refused.status_code, refused.headers["allow"]) == (405, "POST" if path == BATCH else "GET")
+    # Every answer that comes is one that the document has.
+    for body, status in ((GOOD, 200), (GOOD | {"if_release": "x"}, 409), (GOOD | {"ids": []}, 422)):
+        assert web.post(BATCH, json=body).status_code == status
+        assert str(status) in paths[BATCH]["post"]["responses"]
+    full = {"kinds": {"user": [1], "item": [7, 8]}, "fields": ["text", "vector", "codes", "provenance"]}
+    parsed = BatchAnswer.model_validate(web.post(BATCH, json=full).json())
+    assert [e.found for e in parsed.kinds["item"]] == [True, False]
+    SingleAnswer.model_validate(web.get("/v1/knowledge/user/2?fields=codes&fields=text").json())
+
+
+def _routed(lookups, method, path):
+    try:
+        return lookups.route(method, path)
+    except Problem:
+        return None
+
+
+def test_raw_ids_are_accepted_and_returned(tmp_path):
+    workspace = Workspace(tmp_path / "ws")
+    ids = {name: stable_id(name) for name in ("B007", "ünï/code", "007")}
+    publish_rows(workspace, "raw", Rows(texts={("item", id_): (1, name, "ok") for name, id_ in ids.items()}))
+    app, _ = knowledge_app(workspace)
+    with TestClient(app, base_url=LOCAL) as web:
+        assert web.get("/v1/knowledge/item/B007").json()["text"] == "B007"
+        assert web.get("/v1/knowledge/item/B007").json()["id"] == "B007"
+        assert web.get("/v1/knowledge/item/007").json()["text"] == "007"
+        assert web.get(f"/v1/knowledge/item/{ids['B007']}").json()["id"] == ids["B007"]
+        asked = ["ünï/code", ids["B007"], "7"]
+        results = web.post(BATCH, json={"kind": "item", "ids": asked}).json()["results"]
+        assert [(r["id"], r["text"]) for r in results] == [
+            ("ünï/code", "ünï/code"), (ids["B007"], "B007"), ("7", None),
+        ]  # fmt: skip
+
+
+def test_a_pinned_release_is_answered_from_or_refused(tmp_path):
+    workspace = Workspace(tmp_path / "ws")
+    first = publish_world(workspace, "first")
+    app, served = knowledge_app(workspace, refresh_s=60)
+    with TestClient(app, base_url=LOCAL) as web:
+        second = publish_world(workspace, "second")
+        early = web.get("/v1/knowledge/user/1", headers={"if-release": second})
+        assert (early.status_code, early.headers["x-owlrec-release"]) == (409, first)
+        assert served.refresh()
+        for pinned, text in ((first, "first likes films"), (second, "second likes films")):
+            answer = web.post(BATCH, json=GOOD | {"if_release": pinned}).json()
+            assert (answer["release"], answer["results"][0]["text"]) == (pinned, text)
+        publish_world(workspace, "third")
+        assert served.refresh()
+        gone = web.post(BATCH, json=GOOD, headers={"if-release": first})
+        assert (gone.status_code, gone.headers["content-type"]) == (410, "application/problem+json")
+        assert "without `if-release`" in gone.json()["detail"]
+    served.close()
+
+
+def test_a_pointer_that_vanished_is_503_and_not_ready(tmp_path):
+    workspace = Workspace(tmp_path / "ws")
+    publish_world(workspace, "first")
+    app, served = knowledge_app(workspace, refresh_s=60)
+    with TestClient(app, base_url=LOCAL) as web:
+        pointer = workspace.local_path("releases", "CURRENT")
+        moved = pointer.rename(pointer.with_name("MOVED"))
+        served.refresh()
+        assert web.get("/v1/knowledge/user/1").status_code == 200  # one look may be a hiccup
+        served.refresh()
+        assert web.get("/v1/knowledge/user/9").status_code == 503
+        assert web.get("/readyz").status_code == 503
+        moved.rename(pointer)
+        served.refresh()
+        assert (web.get("/v1/knowledge/user/1").status_code, web.get("/readyz").status_code) == (200, 200)
+
+
+def test_following_survives_any_exception_and_counts_it(tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "ws")
+    publish_world(workspace, "first")
+    recorder = Recorder()
+    served = ServedReleases(WorkspaceReleases(workspace))
+    app = build_knowledge_api(served, KeyRing(), KnowledgeConfig(refresh_s=0.02), recorder)
+    with TestClient(app, base_url=LOCAL) as web:
+        for error in (MemoryError(), RuntimeError("can't start new thread"), lmdb.Error("MDB_PANIC")):
+            with monkeypatch.context() as patched:
+                patched.setattr(served._source, "current", Mock(side_effect=error))
+                before = served.failures
+                wait_for(lambda: served.failures > before + 1)  # noqa: B023
+                assert type(error).__name__ in web.get("/readyz").json()["problem"]
+                assert web.get("/v1/knowledge/user/1").status_code == 200
+        looked = served.looked
+        second = publish_world(workspace, "second")
+        wait_for(lambda: web.get("/readyz").json() == {"status": "ready", "release": second, "problem": None})
+        assert served.looked > looked
+        assert served.unhealthy is None
+    assert recorder.counts["follow_failures"] >= 6
+    assert recorder.gauges["release_looked"] == pytest.approx(time.time(), abs=30)
+    served._looked -= 100
+    assert "100 s" in served.unhealthy
+    served._opening = True  # a copy of many minutes is no reason for a restart
+    assert served.unhealthy is None
+
+
+class Recorder(NoTelemetry):
+    def __init__(self):
+        self.counts, self.gauges = Counter(), {}
+
+    def count(self, name, n=1, tags=None):
+        self.counts[name] += n
+
+    def gauge(self, name, value):
+        self.gauges[name] = value
+
+
+def test_without_an_index_similar_says_so(tmp_path, monkeypatch):
+    workspace = Workspace(tmp_path / "ws")
+    monkeypatch.setattr("owlrec.releases.similar.faiss_or_none", lambda: None)
+    publish_world(workspace, "first")
+    monkeypatch.undo()
+    with TestClient(knowledge_app(workspace)[0], base_url=LOCAL) as web:
+        refused = web.post(SIMILAR, json={"kind": "user", "id": 1})
+        assert (refused.status_code, refused.headers["content-type"]) == (501, "application/problem+json")
+        assert "publish again" in refused.json()["detail"]
 
 
 def wait_for(condition, seconds=10.0):

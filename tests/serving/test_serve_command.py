@@ -2,7 +2,9 @@
 leaves nothing behind.
 """
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,7 +39,7 @@ def test_a_made_key_opens_and_is_shown_apart_from_its_hash(tmp_path):
     key = made.stderr.split()[-1]
     assert key not in made.stdout
     (tmp_path / "keys.txt").write_text(made.stdout)
-    assert KeyRing(tmp_path / "keys.txt").name_of(key) == "shop"
+    assert KeyRing(tmp_path / "keys.txt").find(key).name == "shop"
     refused = CliRunner().invoke(app, ["keys", "two words"])
     assert (refused.exit_code, refused.stdout) == (1, "")
 
@@ -85,7 +87,10 @@ def test_it_serves_through_haproxy_and_ends_cleanly(workspace):
                 assert time.monotonic() < end
                 time.sleep(0.1)
         running = psutil.Process(server.pid).children(recursive=True)
-        assert any("haproxy" in line for line in command_lines(running).values())
+        haproxy = next(p.cmdline() for p in running if p.is_running() and "haproxy" in p.name())
+        bound = re.findall(r"^ *bind (\S+)", Path(haproxy[haproxy.index("-f") + 1]).read_text(), re.MULTILINE)
+        assert sorted(bound) == sorted(f"127.0.0.1:{number}" for number in (8404, 9101, port))
+        assert [where for where in listening(running) if not where[0].removeprefix("::ffff:").startswith("127.")] == []
     finally:
         server.send_signal(signal.SIGTERM)
         said = readiness_to_the_end(url, server)
@@ -95,6 +100,15 @@ def test_it_serves_through_haproxy_and_ends_cleanly(workspace):
     assert said[1] in (404, 503)  # not ready, before connections are refused
     _, alive = psutil.wait_procs(running, timeout=20)
     assert list(command_lines(alive).values()) == []
+
+
+def listening(processes):
+    """Addresses and ports on which processes wait for connections."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found |= {tuple(c.laddr) for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    return found
 
 
 def readiness_to_the_end(url, server):

@@ -1,14 +1,23 @@
 """The Ray Serve applications that read a release, knowledge lookup and the explorer, and what all replicas share."""
 
+import asyncio
+import gc
 import logging
-from collections.abc import Mapping
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from pydantic import Field
-from ray import serve
+from ray import serve, util
 from ray._private import worker
 from ray.serve import context
+from ray.serve._private import replica
 from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -17,13 +26,14 @@ from owlrec.config import Config
 from owlrec.errors import ServingError
 from owlrec.machine import api_keys
 from owlrec.releases.release import ReleaseSource, open_store
+from owlrec.releases.similar import faiss_or_none
 from owlrec.serving.explorer.pages import build_explorer
-from owlrec.serving.guard import Limits, check_binding
+from owlrec.serving.guard import AuditLog, Limits, check_binding
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig, build_knowledge_api
 from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import Rank, RankAnswer
-from owlrec.serving.served import ServedReleases, SimilarEntities, WorkspaceReleases
+from owlrec.serving.served import PINNED_S, ServedReleases, WorkspaceReleases
 from owlrec.workspace import Workspace
 
 # -------------------------------------------------------------------------------------------------------------- binding
@@ -36,6 +46,16 @@ def refuse_open_binding(keys: KeyRing) -> None:
     problem = check_binding(context._get_global_client().http_config.host, keys)
     if problem:
         raise ServingError(problem)
+    if util.get_node_ip_address() == "127.0.0.1":
+        _keep_handles_on_loopback()
+
+
+def _keep_handles_on_loopback() -> None:
+    """Serve's replicas listen on all interfaces for calls of other replicas (Ray 2.60, serve/_private/replica.py,
+    _on_initialized, after the application is built): on one machine, loopback is enough.
+    """
+    add_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add_port(server, address.replace("[::]", "127.0.0.1"))
 
 
 # ------------------------------------------------------------------------------------------------------------- stopping
@@ -46,6 +66,23 @@ def asked_to_stop() -> bool:
     """True after a stop request: current requests finish, but load balancers should send no new ones. For replicas."""
     # Serve informs an application only after draining: its own health page uses this (Ray 2.60).
     return any(actor._replica_impl._shutting_down for actor in worker.global_worker.actors.values())
+
+
+def ongoing_counter() -> Callable[[int], None] | None:
+    """Adds to the requests under way that Serve sees, which it scales by and waits for before a stop. For replicas.
+
+    None with another version of Ray than this was written for: then all requests go through Serve's own handling, which
+    takes about as long as a lookup (measured with Ray 2.60: route matching, metadata, a log record, context managers).
+    """
+    if not ray.__version__.startswith("2.60."):
+        return None
+    managers = [actor._replica_impl._metrics_manager for actor in worker.global_worker.actors.values()]
+
+    def count(change: int) -> None:
+        for manager in managers:
+            manager._num_ongoing_requests += change
+
+    return count if len(managers) == 1 else None
 
 
 # ------------------------------------------------------------------------------------------------------------ telemetry
@@ -61,9 +98,13 @@ _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "hits": ("Requested ids with knowledge", ("kind",)),
     "misses": ("Requested ids without knowledge", ("kind",)),
     "swaps": ("Release swaps", ()),
+    "follow_failures": ("Exceptions in following the current release", ()),
     "degraded": ("Rankings returned without the LLM, by reason", ("reason",)),
 }
+_FLUSH_S = 1.0
+_FLUSHED_AT_ONCE = 100
 _GAUGES = {
+    "release_looked": "When the current release was last looked for, in seconds since 1970",
     "release_age_s": "Age of the current release",
     "release_texts": "Users, items and cohorts with a text in the current release",
     "release_error": "1 if the current release cannot be served",
@@ -71,7 +112,10 @@ _GAUGES = {
 
 
 class RayTelemetry:
-    """Telemetry of one replica (owlrec.serving.guard)."""
+    """Telemetry of one replica (owlrec.serving.guard): added up in the process, and handed to Ray each second.
+
+    A Ray metric takes about 5 µs a record, as long as a lookup.
+    """
 
     def __init__(self, app: str) -> None:
         """app: distinguishes applications; Ray itself distinguishes replicas."""
@@ -81,18 +125,65 @@ class RayTelemetry:
         }
         self._gauges = {name: Gauge(f"owlrec_serving_{name}", about, ("app",)) for name, about in _GAUGES.items()}
         self._seconds = Histogram("owlrec_serving_seconds", "Time by stage", _BOUNDS_S, ("app", "stage"))
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+        self._times: list[tuple[str, float]] = []
+        self._flushing = False
 
     def count(self, name: str, n: float = 1, tags: Mapping[str, str] | None = None) -> None:
         """Adds to a counter."""
-        self._counters[name].inc(n, {**self._app, **(tags or {})})
+        with self._lock:
+            key = name, tuple(tags.items()) if tags else ()
+            self._counts[key] = self._counts.get(key, 0) + n
+        self._flush_soon()
 
     def time(self, stage: str, seconds: float) -> None:
         """Duration of one stage of a request."""
-        self._seconds.observe(seconds, {**self._app, "stage": stage})
+        self._times.append((stage, seconds))
+        self._flush_soon()
 
     def gauge(self, name: str, value: float) -> None:
         """Current value of a gauge."""
         self._gauges[name].set(value, self._app)
+
+    def _flush_soon(self) -> None:
+        if not self._flushing:
+            with suppress(RuntimeError):  # outside of the event loop: with the next request
+                asyncio.get_running_loop().call_later(_FLUSH_S, self._flush)
+                self._flushing = True
+
+    def _flush(self) -> None:
+        with self._lock:
+            counts, self._counts = self._counts, {}
+        for (name, tags), n in counts.items():
+            self._counters[name].inc(n, {**self._app, **dict(tags)})
+        times, self._times = self._times, []
+        self._flush_times(times, {stage: {**self._app, "stage": stage} for stage, _ in times})
+
+    def _flush_times(self, times: list[tuple[str, float]], tags: Mapping[str, dict[str, str]]) -> None:
+        for stage, seconds in times[-_FLUSHED_AT_ONCE:]:
+            self._seconds.observe(seconds, tags[stage])
+        del times[-_FLUSHED_AT_ONCE:]
+        if times:  # requests come in between
+            asyncio.get_running_loop().call_soon(self._flush_times, times, tags)
+        else:
+            self._flushing = False
+
+
+def audit_log(folder: str | None) -> AuditLog | None:
+    """The audit log in a folder, with the secret of OWLREC_AUDIT_SECRET. For replicas."""
+    return AuditLog(folder, os.environ.get("OWLREC_AUDIT_SECRET", "")) if folder else None
+
+
+def answer_steadily() -> None:
+    """For a replica whose requests take less than a millisecond: threads hand over the interpreter after 0.5 ms instead
+    of 5, and garbage collection does not look at what was imported.
+    """
+    sys.setswitchinterval(0.0005)
+    if faiss := faiss_or_none():
+        faiss.omp_set_num_threads(1)  # the machine's other cores have replicas of their own
+    gc.collect()
+    gc.freeze()
 
 
 def log_with_serve() -> None:
@@ -113,6 +204,9 @@ def log_with_serve() -> None:
 
 _AT_ONCE_LOCAL = 4  # a lookup in a mapped file computes: more at once only wait for each other
 _AT_ONCE_REMOTE = 32  # one in a database waits
+# Lookups run one after another, so few are under way at once unless requests wait. HAProxy sends 16 (haproxy.sh).
+_TARGET_ONGOING = 4
+_UNREADY_S = 60.0  # without any release, until Serve is told; a first deployment gets so long to be published to
 
 
 class KnowledgeArgs(Config):
@@ -121,6 +215,7 @@ class KnowledgeArgs(Config):
     workspace: str  # a folder or URI; with `store`, only the name for cached indexes
     store: str | None = None  # redis://… with pushed releases; None = LMDB of the workspace
     keys_file: str | None = None
+    audit: str | None = None  # folder of the audit log; None = none
     verify: bool = False
     max_active: int = Field(64, ge=1)  # per replica; beyond it and Serve's queue, requests get 503
     max_body_bytes: int = Field(256 * 1024, ge=1)
@@ -150,16 +245,36 @@ class KnowledgeReplica:
             ),
             refresh_s=settings.refresh_s,
         )
-        self._served = ServedReleases(_source(settings))
-        self._similar = SimilarEntities(settings.store or settings.workspace)
+        self._served = ServedReleases(_source(settings), pinned_s=PINNED_S)
+        self._audit = audit_log(settings.audit)
+        self._unready_since: float | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from owlrec.serving.guard import GATE  # here, since this class is pickled by value and the gate must not be
 
+        answer_steadily()
         telemetry, limits = RayTelemetry("knowledge"), self._config.limits
         refused = {"route": "unknown", "status": "503"}
-        GATE.narrow(limits.max_active, limits.retry_after_s, lambda: telemetry.count("requests", tags=refused))
-        return build_knowledge_api(self._served, self._similar, self._keys, self._config, telemetry, asked_to_stop)
+        GATE.narrow(
+            limits.max_active,
+            limits.retry_after_s,
+            lambda: telemetry.count("requests", tags=refused),
+            lambda: self._served.unready,
+            ongoing_counter(),
+        )
+        return build_knowledge_api(self._served, self._keys, self._config, telemetry, asked_to_stop, self._audit)
+
+    def check_health(self) -> None:
+        """Asked by Serve, which restarts a replica that fails: one that has stopped following the current release, or
+        that has had none for a minute. Load balancers skip it at once, as long as `/-/healthz` is 503.
+        """
+        problem = self._served.unhealthy
+        unready = self._served.unready if self._served.name is None else None
+        self._unready_since = (self._unready_since or time.monotonic()) if unready else None
+        if self._unready_since and time.monotonic() - self._unready_since > _UNREADY_S:
+            problem = problem or unready
+        if problem:
+            raise ServingError(problem)
 
 
 def app(args: KnowledgeArgs) -> serve.Application:
@@ -167,7 +282,7 @@ def app(args: KnowledgeArgs) -> serve.Application:
     scaling = {
         "min_replicas": args.min_replicas,
         "max_replicas": max(args.min_replicas, args.max_replicas),
-        "target_ongoing_requests": max(1.0, args.max_active / 4),
+        "target_ongoing_requests": _TARGET_ONGOING,
         "upscale_delay_s": 5,
         "downscale_delay_s": 120,
     }
@@ -192,7 +307,7 @@ def app(args: KnowledgeArgs) -> serve.Application:
 def _source(settings: KnowledgeArgs) -> ReleaseSource:
     if settings.store:
         return open_store(settings.store)
-    return WorkspaceReleases(Workspace(settings.workspace), verify=settings.verify)
+    return WorkspaceReleases(Workspace(settings.workspace), verify=settings.verify, similar=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- explorer
@@ -208,6 +323,7 @@ class ExplorerArgs(Config):
     workspace: str
     rank_app: str = "rank"  # name of the ranking application; if missing, the page says so
     keys_file: str | None = None
+    audit: str | None = None  # folder of the audit log; None = none
     timeout_s: float = Field(10.0, gt=0)
     num_cpus: float = Field(0.1, ge=0)  # people rarely click
 
@@ -225,14 +341,14 @@ class ExplorerReplica:
         self._config = KnowledgeConfig(limits=Limits(max_active=16, timeout_s=settings.timeout_s))
         self._rank_app = settings.rank_app
         workspace = Workspace(settings.workspace)
-        self._served = ServedReleases(WorkspaceReleases(workspace))
-        self._similar = SimilarEntities(settings.workspace)
+        self._served = ServedReleases(WorkspaceReleases(workspace, similar=True))
+        self._audit = audit_log(settings.audit)
         self._tables = WorkspaceTables(workspace)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         telemetry = RayTelemetry("explorer")
         return build_explorer(
-            self._served, self._similar, self._tables, self._keys, self._config, telemetry, self._rank, asked_to_stop
+            self._served, self._tables, self._keys, self._config, telemetry, self._rank, asked_to_stop, self._audit
         )
 
     async def _rank(self, asked: Rank) -> RankAnswer:

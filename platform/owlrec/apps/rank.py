@@ -20,7 +20,7 @@ from ray import serve
 from ray.serve.config import BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 
-from owlrec.apps.knowledge import RayTelemetry, asked_to_stop, log_with_serve, refuse_open_binding
+from owlrec.apps.knowledge import RayTelemetry, asked_to_stop, audit_log, log_with_serve, refuse_open_binding
 from owlrec.config import Config
 from owlrec.ctr.artifact import CtrArtifact, User
 from owlrec.errors import ServingError
@@ -144,6 +144,7 @@ class RankArgs(Config):
     adapter: str | None = None  # of `owlrec ranker tune`, relative to the workspace; None = the untuned model
     calibration: str | None = None  # of the LLM's scores; None = the adapter's own, if there is one
     keys_file: str | None = None
+    audit: str | None = None  # folder of the audit log; None = none
     max_active: int = Field(64, ge=1)  # per ingress replica; beyond it and Serve's queue, requests get 503
     max_replicas: int = Field(1, ge=1)  # of the ingress, each with a CTR model
     max_llm_replicas: int = Field(1, ge=1)
@@ -231,6 +232,7 @@ class RankReplica:
         log_with_serve()
         self._limits = Limits(max_active=settings.max_active, timeout_s=35.0)  # above the longest deadline
         self._telemetry = RayTelemetry("rank")
+        self._audit = audit_log(settings.audit)
         self._ctr = CtrModel(Workspace(settings.workspace), self._telemetry)
         self._cascade = Cascade(self._ctr, _Remote(llm) if llm else None, self._telemetry)
 
@@ -239,7 +241,9 @@ class RankReplica:
         await self._ctr.open(config["artifact"])
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_rank_api(self._cascade, self._keys, self._limits, self._telemetry, self._ready, asked_to_stop)
+        return build_rank_api(
+            self._cascade, self._keys, self._limits, self._telemetry, self._ready, asked_to_stop, self._audit
+        )
 
     async def rank(self, asked: dict[str, Any]) -> dict[str, Any]:
         """Answer of POST /v1/rank, for other applications of the cluster. Raises ServingError for a 503."""

@@ -39,7 +39,7 @@ from owlrec.erasure.erased_rows import (
 )
 from owlrec.errors import WorkspaceError
 from owlrec.ids import shard_of, stable_id
-from owlrec.machine import NodeCache, cache_folder
+from owlrec.machine import NodeCache
 from owlrec.refresh.state import CLAIM
 from owlrec.refresh.state import REFRESH_FOLDER as REFRESH
 from owlrec.releases.redis import RedisReleases, forget_in_redis, push_tombstones
@@ -47,7 +47,7 @@ from owlrec.releases.release import current_release
 from owlrec.releases.retention import find_rows, rebuild_without_forgotten, remove_releases
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.shards import Card, Shard, claimed, forget_stages
-from owlrec.storage import FileEntry, Storage, fingerprint
+from owlrec.storage import FileEntry, Storage
 from owlrec.workspace import TOMBSTONES, Workspace, write_tombstones
 
 # --------------------------------------------------------------------------------------------------------------- places
@@ -361,10 +361,6 @@ class _Erasure:
             "releases", f"removed {', '.join(plan['releases'])}", len(files), plan["rows"],
             sum(entry.bytes for entry in files.values()),
         )  # fmt: skip
-        for root in {workspace.root, workspace.base}:
-            for name in plan["releases"]:
-                for index in cache_folder("similar", fingerprint(root)[:8]).glob(f"{name}-*"):
-                    index.unlink(missing_ok=True)
         return set(plan["places"])
 
     def _remove_whole(self) -> None:

@@ -38,6 +38,8 @@ from owlrec.releases.format import (
 )
 from owlrec.releases.parts import PartWriter
 from owlrec.releases.release import ANY, check_files, make_current, read_part_ids
+from owlrec.releases.similar import build_indexes, similar_file
+from owlrec.releases.similar import entries as similar_entries
 from owlrec.runner import Pool, Result, Stage, Work, run_stage
 from owlrec.schema import newest
 from owlrec.shards import Card, Shard
@@ -270,7 +272,7 @@ def build_release(
 
 
 class PartStage(Stage):
-    """Builds a part on the worker's disk, reads it back and uploads it."""
+    """Builds a part and its indexes on the worker's disk, reads it back and uploads it."""
 
     name = "publish"
 
@@ -303,15 +305,22 @@ class PartStage(Stage):
                 raise
             writer.close()
             work.check()
+            indexes = build_indexes(writer.path, scratch)
+            work.check()
             files = {
                 ids_file(number): workspace.write_bytes(work.artifact.path(ids_file(number)), writer.ids_bytes()),
                 part_file(number): workspace.upload(writer.path, work.artifact.path(part_file(number))),
             }
+            for kind, (path, _, _) in indexes.items():
+                file = similar_file(number, kind)
+                files[file] = workspace.upload(path, work.artifact.path(file))
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         counts: dict[str, float | int | str] = {
             f"{name}/{kind}": n for name, kinds in writer.counts.items() for kind, n in kinds.items()
         }
+        for kind, (_, n, recall) in indexes.items():
+            counts |= {f"similar/{kind}": n, f"recalled/{kind}": n * recall}
         counts |= {f"new/{kind}": n for kind, n in self._new_ids(workspace, writer).items()}
         counts["dim"] = writer.dim
         if writer.as_of:
@@ -447,6 +456,7 @@ def _manifest(
         behaviors=sums["behaviors"],
         codes=sums["codes"],
         semantic_ids=dict(codes),
+        similar=similar_entries({name: _sums(cards, name) for name in ("similar", "recalled")}),
         totals=dict(Counter(sums["new"]) + Counter(base[0].totals)) if info.delta else sums["knowledge"],
         dim=dims[0] if dims else 0,
         as_of_min=min(as_of),

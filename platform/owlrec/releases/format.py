@@ -37,6 +37,13 @@ class SemanticIdEntry(BaseModel):
     codebooks: str = ""  # fingerprint of the quantizer
 
 
+class SimilarEntry(BaseModel):
+    """The index of one kind's vectors, for nearest neighbors."""
+
+    vectors: int
+    recall: float  # at 10, against exact search
+
+
 class PartEntry(BaseModel):
     """One of a release's files and its rows."""
 
@@ -64,6 +71,7 @@ class ReleaseManifest(BaseModel):
     behaviors: dict[str, int] = {}  # users with behaviors
     history_length: int = 0  # maximum behaviors per user; 0 without any
     semantic_ids: dict[str, SemanticIdEntry] = {}  # by kind; the codebooks are in the oldest release of a chain
+    similar: dict[str, SimilarEntry] = {}  # by kind; empty if it was built without faiss
     totals: dict[str, int] = {}  # ids with their own knowledge, including its parents'
     dim: int
     as_of_min: int  # ms since 1970, UTC; no text of it or its parents is earlier
@@ -230,6 +238,21 @@ class KnowledgeStore(ABC):
         rows, mask = self.partitions(kind, ids, 1)
         return rows[:, 0], mask[:, 0]
 
+    def texts(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[bytes | None]:
+        """The texts of `get` alone, as UTF-8: a third of its time."""
+        texts = self.own_texts(kind, ids)
+        if None not in texts:
+            return texts
+        missing = [row for row, text in enumerate(texts) if text is None]
+        for row, known in zip(missing, self.get(kind, [int(ids[row]) for row in missing]), strict=True):
+            texts[row] = known.text.encode("utf-8", "replace") if known else None
+        return texts
+
+    def half_vectors(self, kind: str, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same as `vectors`, in float16, as releases store them."""
+        rows, mask = self.vectors(kind, ids)
+        return rows.astype(np.float16), mask
+
     def partitions(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of the newest `n` interest partitions of each id: (float32 [m, n, d], mask bool [m, n]).
 
@@ -286,6 +309,10 @@ class KnowledgeStore(ABC):
 
         Raises ReleaseError for an unknown kind.
         """
+
+    def own_texts(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[bytes | None]:
+        """The texts of `own_knowledge`, as UTF-8."""
+        return [None if k is None else k.text.encode("utf-8", "replace") for k in self.own_knowledge(kind, ids)]
 
     @abstractmethod
     def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -349,6 +376,10 @@ class ChainedStore(KnowledgeStore, Generic[_Layer]):
     def own_knowledge(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
         """See KnowledgeStore.own_knowledge."""
         return self._newest(lambda layer, asked: layer.own_knowledge(kind, asked), ids)
+
+    def own_texts(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[bytes | None]:
+        """See KnowledgeStore.own_texts."""
+        return self._newest(lambda layer, asked: layer.own_texts(kind, asked), ids)
 
     def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
         """See KnowledgeStore.own_vectors. The newest layer with an id's partition 0 provides all its partitions:
@@ -418,6 +449,10 @@ class TombstonedStore(KnowledgeStore):
     def own_knowledge(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[Knowledge | None]:
         """See KnowledgeStore.own_knowledge."""
         return self._without(kind, ids, self._store.own_knowledge(kind, ids))
+
+    def own_texts(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[bytes | None]:
+        """See KnowledgeStore.own_texts."""
+        return self._without(kind, ids, self._store.own_texts(kind, ids))
 
     def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
         """See KnowledgeStore.own_vectors."""
@@ -597,6 +632,30 @@ class RowStore(KnowledgeStore):
             None if value is None else decode_knowledge(kind, int(id_), value, self._where)
             for id_, value in zip(ids, values, strict=True)
         ]
+
+    def own_texts(self, kind: str, ids: Sequence[int] | np.ndarray) -> list[bytes | None]:
+        """See KnowledgeStore.own_texts."""
+        unpack, first = _HEAD.unpack_from, _HEAD.size
+        texts: list[bytes | None] = []
+        try:
+            for value in self.values("knowledge", kind, ids):
+                if value is None:
+                    texts.append(None)
+                    continue
+                _, framework, quality, _ = unpack(value)
+                texts.append(value[first + framework + quality :])
+        except struct.error as error:
+            raise ReleaseError(f"{self._where}: a row of {kind} {ids[len(texts)]} is unreadable ({error!r}).") from None
+        return texts
+
+    def half_vectors(self, kind: str, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """See KnowledgeStore.half_vectors. Without any conversion, if all ids have their own."""
+        values = self.values("vectors", kind, ids)
+        present = [value for value in values if value is not None]
+        if len(present) < len(values):
+            return super().half_vectors(kind, ids)
+        rows = np.frombuffer(b"".join(present), dtype=np.float16).reshape(len(values), -1)
+        return rows, np.ones(len(values), dtype=bool)
 
     def own_vectors(self, kind: str, ids: Sequence[int] | np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
         """See KnowledgeStore.own_vectors."""

@@ -56,10 +56,10 @@ class LmdbFile:
         return value
 
     def get_many(self, database: str, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Values under many keys, aligned, with one cursor."""
+        """Values under many keys, aligned, in one transaction: faster than `getmulti` and a dict."""
         with self._env.begin(db=self._databases[database]) as transaction:
-            known = dict(transaction.cursor().getmulti(keys))
-        return [known.get(key) for key in keys]
+            get = transaction.get
+            return [get(key) for key in keys]
 
     def rows(self, database: str) -> int:
         """Number of rows in a database."""
@@ -139,7 +139,7 @@ class LmdbStore(RowStore):
     def values(
         self, database: str, kind: str, ids: Sequence[int] | np.ndarray, partition: int = 0
     ) -> list[bytes | None]:
-        """See RowStore.values: one cursor per part."""
+        """See RowStore.values: one transaction per part."""
         n_parts = len(self._parts)
         if len(ids) == 1:
             id_ = int(ids[0])

@@ -33,7 +33,7 @@ from owlrec.releases.format import (
     encode_keys,
     speaking,
 )
-from owlrec.releases.release import Release, current_release, open_part, read_part_ids
+from owlrec.releases.release import Release, current_release, open_part, read_part_ids, record_event
 from owlrec.storage import pack_history, unpack_history
 from owlrec.workspace import Tombstones, Workspace, read_tombstones
 
@@ -131,6 +131,8 @@ class RedisStore(RowStore):
 
 class RedisReleases:
     """Releases on a server, as followed by `owlrec.serving.served`."""
+
+    remote = True
 
     def __init__(self, url: str, namespace: str = NAMESPACE, *, timeout_s: float = 1.0) -> None:
         """See `connect`."""
@@ -233,6 +235,7 @@ def push(
     history = releases.history()
     if not history or history[-1] != name:
         _write_pointer(releases, [*history, name])
+        record_event(workspace, "push", name)
     prune_redis(releases, keep=keep)
     return name
 

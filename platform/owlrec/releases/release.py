@@ -1,8 +1,10 @@
 """Releases: immutable folders of verified knowledge, and the one small file that names the current one.
 
     releases/<UTC time>-<fingerprint8>/   release.json, written last; parts/00000.lmdb, parts/00000.ids per part;
-                                          semantic_ids/<kind>/ if vectors have codes
+                                          parts/00000-<kind>.faiss, indexes of similar vectors; semantic_ids/<kind>/
+                                          if vectors have codes
     releases/CURRENT                      a Pointer with its history, changed by compare-and-swap, and an optional HOLD
+    releases/.log/                        one file per publish, roll-back and removal: when, what, by whom
 
 The pointer contains its own history, so one atomic write changes both: a roll-back goes to the previously current
 release, even if a later release was never current or two were published out of order. A folder without release.json is
@@ -11,13 +13,19 @@ keep the release they opened, whatever the pointer says later. On a node, a remo
 cache; a local workspace's are mapped in place.
 """
 
+import getpass
+import os
 import resource
+import secrets
+import socket
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from typing import Any, Protocol, Self
+from datetime import UTC, datetime
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
+from pydantic import BaseModel
 
 from owlrec.config import Registry
 from owlrec.encoding.compression import Quantizer
@@ -40,12 +48,14 @@ from owlrec.releases.format import (
     quantizer_folder,
 )
 from owlrec.releases.lmdb import LmdbFile, LmdbStore, warm
+from owlrec.releases.similar import SimilarIndex, faiss_or_none, open_index, similar_file
 from owlrec.storage import FileEntry, Pointer, PointerMoved
 from owlrec.workspace import Tombstones, Workspace, read_tombstones
 
 _TRIES = 10  # to open the current release: fails only if it is replaced and pruned meanwhile
 _AT_ONCE = 8  # parts fetched or hashed at a time, each by a dozen ranged reads
 _SPARE_FILES = 512  # descriptors for a process's other files
+_LOG = "releases/.log"
 ANY: Any = object()
 
 
@@ -62,14 +72,16 @@ class Release:
         chain: Sequence[ReleaseManifest],
         workspace: Workspace | None = None,
         tombstones: Tombstones | None = None,
+        similar: SimilarIndex | None = None,
     ) -> None:
         """chain: newest first. workspace: source of its codebooks, if reachable. tombstones: users to
-        hide.
+        hide. similar: open for nearest neighbors, if asked for.
         """
         self.manifest = chain[0]
         self.tombstones = tombstones or Tombstones()
         self.store = TombstonedStore(store, self.tombstones) if len(self.tombstones) else store
         self.chain = tuple(chain)
+        self.similar = similar
         self._workspace = workspace
 
     @property
@@ -128,6 +140,45 @@ class Release:
         self.close()
 
 
+# The log
+
+
+ReleaseChange = Literal["publish", "rollback", "remove", "push"]
+
+
+class ReleaseEvent(BaseModel):
+    """One change of what is served, or could be."""
+
+    at: str  # ISO 8601, UTC
+    event: ReleaseChange
+    release: str
+    by: str  # the actor
+
+
+def actor() -> str:
+    """Who acts: OWLREC_ACTOR, which a scheduler should set, or else the user and the machine."""
+    if named := os.environ.get("OWLREC_ACTOR"):
+        return named[:200]
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def record_event(workspace: Workspace, event: ReleaseChange, release: str) -> None:
+    """Adds to the log of a workspace's releases."""
+    now = datetime.now(UTC)
+    entry = ReleaseEvent(at=now.isoformat(timespec="milliseconds"), event=event, release=release, by=actor())
+    name = f"{_LOG}/{now:%Y%m%dT%H%M%S%f}Z-{event}-{secrets.token_hex(3)}.json"
+    workspace.write_bytes(name, entry.model_dump_json().encode())
+
+
+def release_events(workspace: Workspace, last: int = 100) -> list[ReleaseEvent]:
+    """The last changes of a workspace's releases, oldest first."""
+    return [ReleaseEvent(**workspace.read_json(f"{_LOG}/{name}")) for name in workspace.names(_LOG)[-last:]]
+
+
 # The pointer
 
 
@@ -159,6 +210,7 @@ def make_current(workspace: Workspace, name: str, *, expected: str | None = ANY)
         return
     try:
         current.move(name) if expected is ANY else current.move(name, expected=expected)
+        record_event(workspace, "publish", name)
     except PointerMoved as error:
         raise ReleaseError(
             f"release {name} was built on {expected}, but {current.current} is now current and stays current "
@@ -186,6 +238,7 @@ def roll_back(workspace: Workspace, to: str | None = None) -> str:
             )
     chain(workspace, to)
     pointer(workspace).rewind(to)
+    record_event(workspace, "rollback", to)
     return to
 
 
@@ -200,19 +253,26 @@ def _is_whole(workspace: Workspace, name: str) -> bool:
 
 
 def open_release(
-    workspace: Workspace, name: str | None = None, *, verify: bool = True, warmed: bool = False, lazily: bool = False
+    workspace: Workspace,
+    name: str | None = None,
+    *,
+    verify: bool = True,
+    warmed: bool = False,
+    lazily: bool = False,
+    similar: bool = False,
 ) -> Release:
     """Opens release `name`, or the current one, with its parents; for a remote workspace, fetches the parts that the
     node does not have.
 
     verify: compare the SHA-256 of a local workspace's files in addition to their sizes, which takes about 1 s per GB
     for a large release. Copies of remote files are verified on arrival. warmed: read its files ahead. lazily: open and
-    fetch a part when one of its ids is first requested, for stages that need few. Raises ReleaseError if there is none,
+    fetch a part when one of its ids is first requested, for stages that need few. similar: also open its indexes of
+    similar vectors, if it and all its parents have them. Raises ReleaseError if there is none,
     or if a file or a parent is missing, truncated or changed; WorkspaceError if it does not fit on the node. Without a
     name, a release that is replaced and pruned during opening is not an error: the new one is opened.
     """
     if name:
-        return _open(workspace, name, verify, warmed, lazily)
+        return _open(workspace, name, verify, warmed, lazily, similar)
     for _ in range(_TRIES):
         name = current_release(workspace)
         if name is None:
@@ -220,7 +280,7 @@ def open_release(
                 f"{workspace.path('releases')}: nothing has been published. Run the publish stage first."
             )
         try:
-            return _open(workspace, name, verify, warmed, lazily)
+            return _open(workspace, name, verify, warmed, lazily, similar)
         except (OwlRecError, OSError) as error:
             if current_release(workspace) == name:
                 raise
@@ -231,7 +291,7 @@ def open_release(
     )
 
 
-def _open(workspace: Workspace, name: str, verify: bool, warmed: bool, lazily: bool) -> Release:
+def _open(workspace: Workspace, name: str, verify: bool, warmed: bool, lazily: bool, similar: bool) -> Release:
     manifests = chain(workspace, name)
     newest = manifests[0]
     if not workspace.local and not lazily:
@@ -245,9 +305,33 @@ def _open(workspace: Workspace, name: str, verify: bool, warmed: bool, lazily: b
             layers.append(opened.enter_context(_open_layer(workspace, manifest, warmed)))
             if not lazily:
                 layers[-1].open_all(_AT_ONCE)
+        index = _open_similar(workspace, manifests, layers) if similar else None
         opened.pop_all()
     store = ChainedStore(layers, dim=newest.dim, totals=newest.totals) if newest.delta else layers[0]
-    return Release(store, manifests, workspace, read_tombstones(workspace))
+    return Release(store, manifests, workspace, read_tombstones(workspace), index)
+
+
+def _open_similar(
+    workspace: Workspace, manifests: Sequence[ReleaseManifest], stores: Sequence[LmdbStore]
+) -> SimilarIndex | None:
+    """The indexes of a chain; None if one of its releases with vectors was built without, or without faiss here."""
+    if faiss_or_none() is None or any(m.vectors and not m.similar for m in manifests):
+        return None
+
+    def mapped(manifest: ReleaseManifest, file: str) -> Any:
+        copy = workspace.local_copy(f"releases/{manifest.name}/{file}", manifest.files[file])
+        index = open_index(copy.path)
+        copy.keep_for(index)
+        return index
+
+    layers = []
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for manifest, store in zip(manifests, stores, strict=True):
+            files = {k: [similar_file(part, k) for part in range(len(manifest.parts))] for k in manifest.similar}
+            files = {kind: [file for file in listed if file in manifest.files] for kind, listed in files.items()}
+            opening = {kind: [pool.submit(mapped, manifest, file) for file in listed] for kind, listed in files.items()}
+            layers.append((store, {kind: [one.result() for one in listed] for kind, listed in opening.items()}))
+    return SimilarIndex(layers)
 
 
 def _open_layer(workspace: Workspace, manifest: ReleaseManifest, warmed: bool) -> LmdbStore:

@@ -40,6 +40,7 @@ from owlrec.releases.release import (
     pointer,
     pointer_history,
     read_codebooks,
+    record_event,
 )
 from owlrec.runner import Pool
 from owlrec.shards import Artifact, Card
@@ -219,6 +220,7 @@ def remove_releases(workspace: Workspace, names: Sequence[str]) -> None:
     for name in names:
         workspace.delete_file(f"releases/{name}/{MANIFEST}")
         workspace.delete_dir("releases", name)
+        record_event(workspace, "remove", name)
     for file in workspace.names(BUILDS):
         name = str(workspace.read_json(f"{BUILDS}/{file}")["name"])
         workspace.delete_file(f"{BUILDS}/{file}")
@@ -256,6 +258,7 @@ def prune(workspace: Workspace, keep: int = 3, min_age_s: float = 3600.0) -> lis
         # The manifest first, so a half-removed folder does not count as a release.
         workspace.delete_file(f"releases/{name}/{MANIFEST}")
         workspace.delete_dir("releases", name)
+        record_event(workspace, "remove", name)
         removed.append(name)
     removed.sort()
     return removed

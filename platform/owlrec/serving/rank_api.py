@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from pydantic import Field
 from starlette.responses import Response
 
@@ -23,6 +23,8 @@ from owlrec.releases.lmdb import LmdbStore
 from owlrec.releases.release import Release, ReleaseSource
 from owlrec.serving.guard import (
     PROBLEMS,
+    READ_KEY,
+    AuditLog,
     Guard,
     Limits,
     NoTelemetry,
@@ -332,6 +334,7 @@ def build_rank_api(
     telemetry: Telemetry,
     ready: Callable[[], Awaitable[str | None]],
     stopping: Stopping = never_stopping,
+    audit: AuditLog | None = None,
 ) -> FastAPI:
     """Builds the application. ready: the problem that prevents ranking; None if there is none."""
     app = FastAPI(title="OwlRec ranking", version=__version__, redoc_url=None)
@@ -348,10 +351,11 @@ def build_rank_api(
         return readiness(await ready(), stopping)
 
     @app.post("/v1/rank", response_model=RankAnswer, response_model_exclude_none=True, responses=PROBLEMS)
-    async def rank(asked: Rank) -> RankAnswer:
+    async def rank(request: Request, asked: Rank) -> RankAnswer:
         """Candidates in order, by the deadline at the latest; `degraded` if the LLM did not rank in time."""
+        request.scope[READ_KEY] = [("user", [] if asked.user_id is None else [asked.user_id])]
         return await cascade.rank(asked)
 
-    app.add_middleware(Guard, keys=keys, limits=limits, telemetry=telemetry)
+    app.add_middleware(Guard, keys=keys, limits=limits, scope="rank", telemetry=telemetry, audit=audit)
     complete_document(app, keys=keys.required)
     return app

@@ -1,24 +1,33 @@
 """Schemas of requests and responses, from which FastAPI builds the OpenAPI document.
 
-Strict throughout: an id is a JSON integer, never a string, a float or a boolean, and an unknown key is an error.
+Strict throughout: an id is an integer, or in lookups a raw id as text, never a float or a boolean, and an unknown key
+is an error.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetPydanticSchema,
     PlainValidator,
     StrictInt,
+    StringConstraints,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic_core import core_schema
 
 from owlrec.ids import EventName
 
+ONE_PATH = "/v1/knowledge/{kind}/{id}"
+BATCH_PATH = "/v1/knowledge:batchGet"
 BYTES_TYPE = "application/octet-stream"  # raw vectors instead of JSON
+ARROW_TYPE = "application/vnd.apache.arrow.stream"  # columns instead of JSON
+IF_RELEASE_HEADER = b"if-release"  # answer from this release, or not at all
 RELEASE_HEADER = "x-owlrec-release"
 DIM_HEADER = "x-owlrec-dim"
 REQUEST_ID_HEADER = "x-owlrec-request-id"
@@ -29,6 +38,21 @@ LARGEST_ID = 2**63 - 1
 Id = Annotated[StrictInt, Field(ge=0, le=LARGEST_ID)]
 ID_PATTERN = r"^[0-9]{1,19}$"
 PathId = Annotated[str, Field(pattern=ID_PATTERN, description="a non-negative 64-bit integer")]
+LONGEST_RAW_ID = 512
+RawId = Annotated[str, StringConstraints(strict=True, min_length=1, max_length=LONGEST_RAW_ID)]
+# A raw id is hashed (ids.stable_id). One error for both, which otherwise would name the union's members.
+AnyId = Annotated[
+    Id | RawId,
+    GetPydanticSchema(
+        lambda _, handler: core_schema.union_schema(
+            [handler(Id), handler(RawId)],
+            custom_error_type="id",
+            custom_error_message=f"Value error, is neither an integer from 0 to 2^63 - 1 nor a raw id of 1 to "
+            f"{LONGEST_RAW_ID} characters",
+            mode="left_to_right",
+        )
+    ),
+]
 
 MAX_IDS = 1000
 DEFAULT_FIELDS: tuple[What, ...] = ("text", "provenance")
@@ -58,18 +82,47 @@ class ProblemDocument(BaseModel):
 
 
 class BatchGet(Request):
-    """Knowledge about many ids of one kind."""
+    """Knowledge about many ids, of one kind (`kind` and `ids`) or of several (`kinds`), all from one release."""
 
-    kind: Kind
-    ids: list[Id] = Field(min_length=1, max_length=MAX_IDS)
+    kind: Kind | None = None
+    ids: list[AnyId] | None = Field(None, min_length=1, max_length=MAX_IDS)
+    kinds: dict[Kind, Annotated[list[AnyId], Field(min_length=1)]] | None = Field(None, min_length=1)
     fields: list[What] = Field(list(DEFAULT_FIELDS), min_length=1, max_length=4)
+    if_release: str | None = Field(None, min_length=1, max_length=100)  # refuse to answer from any other one
+
+    @property
+    def by_kind(self) -> Sequence[tuple[Kind, list[int | str]]]:
+        """The requested ids of each kind."""
+        if self.kinds is not None:
+            return list(self.kinds.items())
+        assert self.kind is not None
+        assert self.ids is not None
+        return [(self.kind, self.ids)]
 
     @field_validator("ids", "fields")
     @classmethod
-    def _each_once(cls, values: list[int | str]) -> list[int | str]:
-        if len(set(values)) < len(values):
+    def _each_once(cls, values: list[int | str] | None) -> list[int | str] | None:
+        if values is not None and len(set(values)) < len(values):
             raise ValueError("has a duplicate; list each value once")
         return values
+
+    @field_validator("kinds")
+    @classmethod
+    def _few(cls, kinds: dict[Kind, list[int | str]] | None) -> dict[Kind, list[int | str]] | None:
+        if kinds is not None and sum(map(len, kinds.values())) > MAX_IDS:
+            raise ValueError(f"has more than {MAX_IDS} ids; split the request")
+        if kinds is not None and any(len(set(ids)) < len(ids) for ids in kinds.values()):
+            raise ValueError("has a duplicate; list each value once")
+        return kinds
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        alone = self.kind is not None and self.ids is not None
+        if self.kinds is None and not alone:
+            raise ValueError("pass `kind` and `ids`, or `kinds`: {kind: ids}")
+        if self.kinds is not None and (self.kind is not None or self.ids is not None):
+            raise ValueError("pass either `kind` and `ids`, or `kinds`, not both")
+        return self
 
 
 class Similar(Request):
@@ -101,12 +154,12 @@ class Provenance(BaseModel):
 
 
 class Entity(BaseModel):
-    """Knowledge about one id. `found` is false if there is neither text nor vector.
+    """Knowledge about one id. `found` is false if there is nothing of what was asked for.
 
     A field that was not requested is absent; a missing one is null.
     """
 
-    id: int
+    id: int | str  # as in the request
     found: bool
     text: str | None = None
     vector: list[float] | None = None
@@ -122,11 +175,12 @@ class SingleAnswer(Entity):
 
 
 class BatchAnswer(BaseModel):
-    """Response of POST /v1/knowledge:batchGet: `results` are aligned with `ids`."""
+    """Response of POST /v1/knowledge:batchGet: `results` are aligned with `ids`, `kinds` with the request's."""
 
     release: str
-    kind: Kind
-    results: list[Entity]
+    kind: Kind | None = None
+    results: list[Entity] = []
+    kinds: dict[Kind, list[Entity]] = {}
 
 
 class Neighbor(BaseModel):

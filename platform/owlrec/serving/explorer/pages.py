@@ -20,12 +20,12 @@ from starlette.responses import Response
 
 from owlrec.errors import root_mistake
 from owlrec.releases.release import Release
-from owlrec.serving.guard import Guard, NoTelemetry, Problem, Stopping, Telemetry, never_stopping
+from owlrec.serving.guard import READ_KEY, AuditLog, Guard, NoTelemetry, Problem, Stopping, Telemetry, never_stopping
 from owlrec.serving.keys import KeyRing
 from owlrec.serving.knowledge_api import KnowledgeConfig
 from owlrec.serving.questions import WorkspaceTables
 from owlrec.serving.schemas import ID_PATTERN, LARGEST_ID, MAX_LLM_CANDIDATES, Kind, PathId, Rank, RankAnswer, Similar
-from owlrec.serving.served import ServedReleases, SimilarEntities, following_app
+from owlrec.serving.served import ServedReleases, following_app, similar_entities
 
 # ----------------------------------------------------------------------------------------------------------------- text
 # A knowledge text as paragraphs, with each paragraph's factor separated if the text names it.
@@ -149,26 +149,25 @@ _SAMPLED = 2000  # texts sampled for the release's quality
 
 def build_explorer(
     served: ServedReleases,
-    similar: SimilarEntities,
     tables: WorkspaceTables,
     keys: KeyRing,
     config: KnowledgeConfig,
     telemetry: Telemetry | None = None,
     ranker: Ranker | None = None,
     stopping: Stopping = never_stopping,
+    audit: AuditLog | None = None,
 ) -> FastAPI:
-    """Builds the application; its caller closes `served` and `similar`. ranker: None if nothing ranks."""
+    """Builds the application; its caller closes `served`. ranker: None if nothing ranks."""
     telemetry = telemetry or NoTelemetry()
     app = following_app(
         "OwlRec explorer",
         served,
-        similar,
         refresh_s=config.refresh_s,
         telemetry=telemetry,
         stopping=stopping,
         openapi_url=None,
     )
-    views = _Views(similar, tables)
+    views = _Views(tables)
 
     async def page(request: Request, make: Callable[[Release], tuple[str, dict[str, Any]]]) -> Response:
         def work() -> Response:
@@ -194,6 +193,7 @@ def build_explorer(
         user: Annotated[str, Query(pattern=ID_PATTERN)],
         candidates: Annotated[str, Query(max_length=MOST_CHARACTERS)] = "",
     ) -> Response:
+        request.scope[READ_KEY] = [("user", [_id_of(user, "user")])]
         view = await compare_rankings(ranker, tables, _id_of(user, "user"), candidates)
         return await page(request, lambda release: ("rank.html.j2", view))
 
@@ -204,9 +204,12 @@ def build_explorer(
     @app.get("/{kind}/{id}")
     async def entity(request: Request, kind: Kind, id: PathId) -> Response:
         number = _id_of(id, "id")
+        request.scope[READ_KEY] = [(kind, [number])]
         return await page(request, lambda release: ("entity.html.j2", views.entity(release, kind, number)))
 
-    app.add_middleware(Guard, keys=keys, limits=config.limits, telemetry=telemetry, browser=True)
+    app.add_middleware(
+        Guard, keys=keys, limits=config.limits, scope="explore", telemetry=telemetry, browser=True, audit=audit
+    )
     return app
 
 
@@ -219,8 +222,7 @@ def _id_of(text: str, field: str) -> int:
 class _Views:
     """Values for the templates."""
 
-    def __init__(self, similar: SimilarEntities, tables: WorkspaceTables) -> None:
-        self._similar = similar
+    def __init__(self, tables: WorkspaceTables) -> None:
         self._tables = tables
         self._quality: dict[str, list[dict[str, Any]]] = {}  # by release
         self._environment = jinja2.Environment(
@@ -277,8 +279,8 @@ class _Views:
 
     def _neighbors(self, release: Release, kind: Kind, id_: int) -> list[tuple[int, str, float]]:
         try:
-            near = self._similar.find(release, Similar(kind=kind, id=id_, limit=_NEIGHBORS))
-        except Problem:  # no vector, no faiss, or an unfinished index: the page works without it
+            near = similar_entities(release, Similar(kind=kind, id=id_, limit=_NEIGHBORS))
+        except Problem:  # no vector, or no index: the page works without it
             return []
         return [(n.id, self._name(kind, n.id), n.score) for n in near]
 
