@@ -336,12 +336,12 @@ def compare_arms(
         interval: Interval | None = None
         if resampled:
             differences = np.stack([resampled[arm] - resampled[base] for arm, base in trials], axis=1)
-            interval = percentile_interval(_over_seeds(_by_seed(differences, drawn), seed))
+            interval = percentile_interval(mean_over_seeds(means_by_seed(differences, drawn), seed))
         elif several:
             arms, bases = (np.stack([grid.scores[path] for path in half]) for half in zip(*trials, strict=True))
             difference, error = clustered_difference(grid.labels, arms, bases, grid.user_ids)
             each = [auc(grid.labels, arm) - auc(grid.labels, base) for arm, base in zip(arms, bases, strict=True)]
-            by_seed = _by_seed(np.array([each]), drawn)[0]
+            by_seed = means_by_seed(np.array([each]), drawn)[0]
             if len(by_seed) > 1:
                 error = math.hypot(error, float(by_seed.std(ddof=1)) / math.sqrt(len(by_seed)))
             interval = Interval(low=difference - _NORMAL_95 * error, high=difference + _NORMAL_95 * error)
@@ -349,13 +349,13 @@ def compare_arms(
     return intervals
 
 
-def _by_seed(differences: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
+def means_by_seed(differences: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
     """float64 [n, seeds]: means over the pairs of each seed. differences: float64 [n, pairs]."""
     numbers = np.asarray(list(seeds))
     return np.stack([differences[:, numbers == number].mean(axis=1) for number in np.unique(numbers)], axis=1)
 
 
-def _over_seeds(differences: np.ndarray, seed: int) -> np.ndarray:
+def mean_over_seeds(differences: np.ndarray, seed: int) -> np.ndarray:
     """float64 [resamples]: means over seeds drawn anew in each resample. differences: float64 [resamples, seeds].
 
     Deviations are widened by n / (n - 1), as in a sample variance: three seeds drawn from three vary too little.
