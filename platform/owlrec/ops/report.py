@@ -233,6 +233,7 @@ class ReportData(BaseModel):
     hardware: str
     facts: dict[str, str] = {}  # the line of key figures under the title
     headlines: list[str] = []  # what texts are worth, the decisive comparison first (experiment.headlines)
+    gain: float | None = None  # in AUC, of the decisive comparison if it showed one
     protocol: str = ""  # split, label, negatives, seeds
     arms: list[ArmFigures] = []
     stages: list[Card] = []
@@ -563,6 +564,7 @@ def collect(
         hardware=hardware_line(),
         facts=dict(facts),
         headlines=[*map(str, leading), *price_lines(leading, stages["generate"])],
+        gain=_shown_gain(leading),
         protocol=protocol,
         arms=arm_figures(results, scores),
         stages=list(stages.values()),
@@ -585,6 +587,12 @@ def collect(
     )
 
 
+def _shown_gain(leading: Sequence[Headline | str]) -> float | None:
+    first = leading[0] if leading else ""
+    shown = isinstance(first, Headline) and first.base.startswith(DECISIVE) and first.difference.verdict == "gain shown"
+    return first.difference.auc if isinstance(first, Headline) and shown else None
+
+
 def price_lines(leading: Sequence[Headline | str], generated: Card) -> list[str]:
     """Price of a gain in tokens: none without tokens, or where the decisive difference is unknown.
 
@@ -592,7 +600,7 @@ def price_lines(leading: Sequence[Headline | str], generated: Card) -> list[str]
     """
     tokens = {name: _total(generated, f"_{name}_tokens") for name in ("prompt", "output")}
     first = leading[0] if leading else ""
-    if not sum(tokens.values()) or isinstance(first, str):
+    if not sum(tokens.values()) or isinstance(first, str) or not first.base.startswith(DECISIVE):
         return []
     paid = " and ".join(f"{short_number(n)} {name} tokens" for name, n in tokens.items())
     gain = first.difference
