@@ -582,7 +582,7 @@ def collect(
         semantic_ids=read_reports(workspace, stages["encode"].outputs["vectors"]) if "encode" in stages else {},
         ranker=read_results(workspace),
         lookup=lookup_figures(release, workspace.read_shard("users", 0, ["user_id"])["user_id"].to_numpy()),
-        notes=[_NOTE, model] if model else [_NOTE],
+        notes=[_NOTE, *filter(None, [model]), *_coverage_notes(results)],
         versions={name: metadata.version(name) for name in ("ray", "pyarrow", "lmdb", "numpy")},
     )
 
@@ -610,6 +610,18 @@ def price_lines(leading: Sequence[Headline | str], generated: Card) -> list[str]
     each = " and ".join(f"{short_number(n / points)} {name} tokens" for name, n in tokens.items())
     hours = generated.seconds / 3600 / points
     return [f"The texts took {paid}: per +.001 AUC over {first.base}, {each}, {hours:.2g} hours of this run's engines."]
+
+
+_LITTLE_COVERAGE = 0.5
+
+
+def _coverage_notes(results: Iterable[TrialResult]) -> list[str]:
+    """A line for each arm and side whose vectors most test rows lack."""
+    little = {(r.arm, side): share for r in results for side, share in r.coverage.items() if share < _LITTLE_COVERAGE}
+    return [
+        f"Arm `{arm}` has vectors of {side}s for only {share:.1%} of the test rows; the others read a learned default."
+        for (arm, side), share in little.items()
+    ]
 
 
 def lookup_figures(release: Release, ids: np.ndarray) -> dict[str, str]:
