@@ -28,7 +28,7 @@ from owlrec.encoding.vectors import Encoder, EncoderConfig
 from owlrec.evaluation import auc
 
 torch.set_num_threads(1)
-CONFIG = CTRConfig(embed_dim=8, hidden_dims=(32, 16), batch_size=256, learning_rate=0.005, epochs=5, patience=1)
+CONFIG = CTRConfig(embed_dim=8, hidden_dims=(32, 16), batch_size=256, learning_rate=0.005, epochs=6, patience=2)
 
 
 @pytest.fixture(scope="module")
