@@ -162,15 +162,11 @@ def test_dcnv2_crosses_as_written_in_the_paper() -> None:
     assert isinstance(model, DCNv2)
     row = 3
     mean = given.history[row, :3].mean(0)
-    others = torch.cat([given.target[row], mean, given.profile[row]]).flatten()
-    knowledge = given.knowledge[row].flatten()  # type: ignore[index]
-    crossed = []
-    for x0, network in zip((others, knowledge), model.cross, strict=True):
-        x = x0
-        for layer in network.layers:  # type: ignore[union-attr]
-            x = x0 * (layer.weight @ x + layer.bias) + x  # type: ignore[operator, union-attr]
-        crossed.append(x)
-    logit = model.head(torch.cat([*crossed, model.deep(torch.cat([others, knowledge]))]))
+    assert given.knowledge is not None
+    x = x0 = torch.cat([given.target[row], mean, given.profile[row], given.knowledge[row]]).flatten()
+    for layer in model.cross.layers:
+        x = x0 * (layer.weight @ x + layer.bias) + x  # type: ignore[operator]
+    logit = model.head(torch.cat([x, model.deep(x0)]))
     assert model(given)[row].item() == pytest.approx(logit.item(), abs=1e-5)
 
 

@@ -213,13 +213,12 @@ def test_repeated_ids_and_items_score_as_they_do_alone(data: TrainingData, arm: 
 
 def test_an_arm_that_covers_almost_no_row_is_refused_and_coverage_is_counted(data: TrainingData) -> None:
     users, items = data.knowledge["knowledge"]["user"], data.knowledge["knowledge"]["item"]
-    later = dataclasses.replace(users, as_of=np.full(len(users), 10**15))
-    with pytest.raises(
-        RecipeError, match=r"ctr\.arms: arm 'knowledge' has vectors of users for 0\.00% of the training"
-    ):
-        train_one(
-            trial("knowledge"), TrainingData(data.features, {"knowledge": {"user": later, "item": items}}), CONFIG
-        )
+    later = {
+        kind: dataclasses.replace(table, as_of=np.full(len(table), 10**15))
+        for kind, table in (("user", users), ("item", items))
+    }
+    with pytest.raises(RecipeError, match=r"vectors of users for 0\.00% and of items for 0\.00% of the training rows"):
+        train_one(trial("knowledge"), TrainingData(data.features, {"knowledge": later}), CONFIG)
     half = KnowledgeTable(items.ids[::2], items.vectors[::2])
     given = TrainingData(data.features, {"knowledge": {"user": users, "item": half}})
     result = train_one(trial("knowledge"), given, CONFIG.model_copy(update={"epochs": 1})).result

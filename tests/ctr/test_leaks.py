@@ -52,10 +52,15 @@ def read_by(samples: pa.Table, users: KnowledgeTable, items: KnowledgeTable) -> 
     """What the model gets of each sample: as_of (ms) of the user's and of the item's text, -1 for the default."""
     none = pa.array([], pa.string())
     vocabularies = Vocabularies(pa.array(np.arange(N_ITEMS)), {}, FeatureSchema(), Grades(1, 5))
-    features = encode_samples(
-        samples, pa.table({"user_id": none}), encode_items([ITEMS], vocabularies), vocabularies, 5
-    )
-    batch = SplitTensors(features, Tables((users,), (items,)), "cpu").batch(torch.arange(len(features)))
+    catalog = encode_items([ITEMS], vocabularies)
+    features = encode_samples(samples, pa.table({"user_id": none}), catalog, vocabularies, 5)
+    tensors = SplitTensors(features, Tables((users,), (items,), item_ids=catalog.ids), "cpu")
+    batch = tensors.batch(torch.arange(len(features)))
+    # Similarities read texts about the items of the history, as of the sample, too.
+    assert features.times is not None
+    past = tensors._found(features.item_ids, features.history, features.times)[1][0]
+    texts_at = items.vectors_at(past.reshape(-1))[:, 1].reshape(past.shape) * HOUR
+    assert (np.where(past >= 0, np.rint(texts_at.astype(float)), -1) < features.times[:, None]).all()
     moments = []
     for ids, known in ((features.user_ids, batch.user), (features.item_ids, batch.item)):
         vectors, mask = known.vectors[known.rows][:, 0], known.mask[known.rows][:, 0]
@@ -142,7 +147,9 @@ def test_a_text_that_states_the_label_moves_no_auc(toy_world: Any) -> None:
     config = CTRConfig(batch_size=64, learning_rate=0.01, epochs=4, embed_dim=8, hidden_dims=(16, 8))
     auc = {}
     for name, as_of in (("leaked", 1), ("earlier", 0)):
-        table = dataclasses.replace(users, as_of=np.full(len(users), as_of))
+        moments = np.full(len(users), as_of)
+        moments[:3] = 0  # an arm that nobody reads would be refused
+        table = dataclasses.replace(users, as_of=moments)
         data = TrainingData(toy_world.data.features, {"knowledge": {"user": table, "item": items}})
         auc[name] = train_one(Trial(backbone="din", arm="knowledge", seed=0), data, config).result.test.auc
     data = TrainingData(toy_world.data.features, {"knowledge": {"user": users, "item": items}})

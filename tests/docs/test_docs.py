@@ -82,7 +82,7 @@ def test_the_reference_shows_what_a_setting_is_for(site: Path) -> None:
     assert "what is set adds to the defaults" in recipe  # a comment of QualityConfig: its source is shown
     shown = (ROOT / "docs" / "reference" / "recipe.md").read_text("utf-8").count("\n::: ")
     assert recipe.count('<details open class="mkdocstrings-source"') == shown
-    assert "float32 [b, 2, width]" in ctr
+    assert "float32 [b, fields, width]" in ctr
 
 
 @pytest.mark.parametrize("picture", sorted((ROOT / "docs" / "pictures").glob("*.svg")), ids=lambda p: p.name)

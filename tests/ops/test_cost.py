@@ -22,6 +22,7 @@ from owlrec.ops.cost import (
     load_fleet,
     measured_workload,
     per_row,
+    price_per_point,
     savings,
 )
 from owlrec.refresh.state import State, write_state
@@ -54,6 +55,12 @@ def fleet(*groups, **changes):
 def estimated(*groups, **changes):
     """3600 users of 200 tokens: 7200 s of an engine that writes 100 a second, in 100 shards of 72 s."""
     return estimate_cost(workload(**changes), fleet(*groups), Demand({"user": 3600}))
+
+
+def test_a_shown_gain_has_a_price_per_point():
+    estimate = estimated(group())  # for a cost of 6
+    assert price_per_point(workload(gain=0.003), estimate)[1] == pytest.approx(2)
+    assert price_per_point(workload(), estimate) is None
 
 
 def wall_s(estimate):

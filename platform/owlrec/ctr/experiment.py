@@ -527,6 +527,7 @@ class Headline(BaseModel):
         return f"{text} ({_count(self.backbones, 'backbone')}, {_count(paired.seeds, 'seed')}{users})."
 
 
+GAIN = "gain_over_metadata"  # in the card of `evaluate`: a shown gain, whose price `owlrec plan` computes
 DECISIVE = "metadata"  # the text that was there before the LLM, through the same encoder
 
 

@@ -696,16 +696,20 @@ def _times(split: Split, end: int) -> np.ndarray | None:
 
 
 def _refuse_uncovered(trial: Trial, tables: Tables | None, train: Split) -> None:
-    """Raises RecipeError if almost no training row has a vector of the arm: it would be `none` under another name."""
+    """Raises RecipeError if almost no training row has a vector of the arm: it would be `none` under another name.
+
+    With vectors of one side alone the other side's default is learned; TrialResult.coverage counts that.
+    """
     if tables is None:
         return
-    for side, rows in coverage(tables, train, _COVERAGE_ROWS).items():
-        if rows.mean() < _LEAST_COVERAGE:
-            raise RecipeError(
-                f"ctr.arms: arm '{trial.arm}' has vectors of {side}s for {rows.mean():.2%} of the training rows, less "
-                f"than {_LEAST_COVERAGE:.0%}. Generate texts that are earlier than the samples (split.cuts) and for "
-                f"these {side}s, or remove the arm."
-            )
+    shares = {side: float(rows.mean()) for side, rows in coverage(tables, train, _COVERAGE_ROWS).items()}
+    if max(shares.values()) < _LEAST_COVERAGE:
+        sides = " and ".join(f"of {side}s for {share:.2%}" for side, share in shares.items())
+        raise RecipeError(
+            f"ctr.arms: arm '{trial.arm}' has vectors {sides} of the training rows, less than {_LEAST_COVERAGE:.0%}. "
+            "Generate texts that are earlier than the samples (split.cuts) and for their users and items, or remove "
+            "the arm."
+        )
 
 
 def score(model: CTRModel, split: SplitBatches, worker: Worker = ALONE) -> np.ndarray:

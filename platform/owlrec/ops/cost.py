@@ -18,6 +18,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from owlrec.config import Config
+from owlrec.ctr.experiment import GAIN
 from owlrec.encoding.stage import TIMED_SECONDS, TIMED_TEXTS
 from owlrec.errors import RecipeError, WorkspaceError, did_you_mean
 from owlrec.generation.job import decoder_counters
@@ -75,6 +76,7 @@ class Workload:
     cohorts_per_user: float | None = None
     cohorts_per_item: float | None = None
     texts_per_cohort: float = 1.0
+    gain: float | None = None  # shown gain in AUC over the decisive base, if the run was evaluated and showed one
     acting_share: float | None = None  # of the users, before the last refresh
     texts_per_acting: float | None = None  # in the last refresh
 
@@ -156,6 +158,8 @@ def measured_workload(workspace: Workspace, shard_rows: int, in_flight: int = 1)
     vectors = _cards(workspace, "encode", encoded.outputs["vectors"], *names) if encoded else []
     parts = _cards(workspace, "publish", f"releases/{published.outputs['release']}", "part") if published else []
     ids = [f"knowledge/{kind}" for kind in KINDS]
+    evaluated = finished_stage(workspace, "evaluate")
+    gain = float(evaluated.counts[GAIN]) if evaluated and GAIN in evaluated.counts else None
     return Workload(
         run=folder,
         finished=stage.finished,
@@ -163,6 +167,7 @@ def measured_workload(workspace: Workspace, shard_rows: int, in_flight: int = 1)
         shard_rows=shard_rows,
         in_flight=in_flight,
         startup_s=_startup(stage, run),
+        gain=gain,
         plain_factor=1 + sum(sums.plain_s - sums.seconds for sums in steps) / seconds[: len(run)].sum(),
         encode_s=_ratio(vectors, lambda card: _count(card, TIMED_SECONDS), lambda card: _count(card, TIMED_TEXTS)),
         publish_s=_ratio(parts, lambda card: card.seconds, lambda card: _count(card, *ids)),
@@ -631,6 +636,11 @@ def savings(
     return steps, estimate
 
 
+def price_per_point(workload: Workload, estimate: CostEstimate) -> Range | None:
+    """Cost of the estimate per .001 of AUC that the measured run gained; None if it showed no gain."""
+    return None if not workload.gain else estimate.figures["cost"] / (workload.gain / 0.001)
+
+
 def report(workload: Workload, fleet: FleetConfig, horizon: Horizon, policy: Policy) -> dict[str, Any]:
     """Prints an estimate, a comparison of policies, and the savings; returns every figure for a JSON file."""
     workload = fleet.assume.applied(workload)
@@ -642,6 +652,13 @@ def report(workload: Workload, fleet: FleetConfig, horizon: Horizon, policy: Pol
     rows = [(name, *(float(figure[i]) for i in (1, 0, 2))) for name, figure in estimate.figures.items()]
     table(f"texts: {kinds}", ["estimate", "expected", "low", "high"], rows)
     note("low and high show the spread between the measured shards, not differences between those and future rows")
+    price = price_per_point(workload, estimate)
+    if workload.gain is not None and price is not None:
+        low, expected, high = price
+        note(
+            f"per +.001 AUC over metadata, if these texts gain as the measured run's ({workload.gain:+.4f}): "
+            f"{expected:,.2f} ({low:,.2f} to {high:,.2f})"
+        )
     wanted = ("encode: cost", "publish: cost", "storage: release, GiB", "serving: cost per month")
     if lacking := [name for name in wanted if name not in estimate.figures]:
         note(f"not measured, or not priced in the fleet file: {'; '.join(lacking)}")

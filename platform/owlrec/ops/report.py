@@ -233,6 +233,7 @@ class ReportData(BaseModel):
     hardware: str
     facts: dict[str, str] = {}  # the line of key figures under the title
     headlines: list[str] = []  # what texts are worth, the decisive comparison first (experiment.headlines)
+    gain: float | None = None  # in AUC, of the decisive comparison if it showed one
     protocol: str = ""  # split, label, negatives, seeds
     arms: list[ArmFigures] = []
     stages: list[Card] = []
@@ -563,6 +564,7 @@ def collect(
         hardware=hardware_line(),
         facts=dict(facts),
         headlines=[*map(str, leading), *price_lines(leading, stages["generate"])],
+        gain=_shown_gain(leading),
         protocol=protocol,
         arms=arm_figures(results, scores),
         stages=list(stages.values()),
@@ -580,9 +582,15 @@ def collect(
         semantic_ids=read_reports(workspace, stages["encode"].outputs["vectors"]) if "encode" in stages else {},
         ranker=read_results(workspace),
         lookup=lookup_figures(release, workspace.read_shard("users", 0, ["user_id"])["user_id"].to_numpy()),
-        notes=[_NOTE, model] if model else [_NOTE],
+        notes=[_NOTE, *filter(None, [model]), *_coverage_notes(results)],
         versions={name: metadata.version(name) for name in ("ray", "pyarrow", "lmdb", "numpy")},
     )
+
+
+def _shown_gain(leading: Sequence[Headline | str]) -> float | None:
+    first = leading[0] if leading else ""
+    shown = isinstance(first, Headline) and first.base.startswith(DECISIVE) and first.difference.verdict == "gain shown"
+    return first.difference.auc if isinstance(first, Headline) and shown else None
 
 
 def price_lines(leading: Sequence[Headline | str], generated: Card) -> list[str]:
@@ -592,7 +600,7 @@ def price_lines(leading: Sequence[Headline | str], generated: Card) -> list[str]
     """
     tokens = {name: _total(generated, f"_{name}_tokens") for name in ("prompt", "output")}
     first = leading[0] if leading else ""
-    if not sum(tokens.values()) or isinstance(first, str):
+    if not sum(tokens.values()) or isinstance(first, str) or not first.base.startswith(DECISIVE):
         return []
     paid = " and ".join(f"{short_number(n)} {name} tokens" for name, n in tokens.items())
     gain = first.difference
@@ -602,6 +610,18 @@ def price_lines(leading: Sequence[Headline | str], generated: Card) -> list[str]
     each = " and ".join(f"{short_number(n / points)} {name} tokens" for name, n in tokens.items())
     hours = generated.seconds / 3600 / points
     return [f"The texts took {paid}: per +.001 AUC over {first.base}, {each}, {hours:.2g} hours of this run's engines."]
+
+
+_LITTLE_COVERAGE = 0.5
+
+
+def _coverage_notes(results: Iterable[TrialResult]) -> list[str]:
+    """A line for each arm and side whose vectors most test rows lack."""
+    little = {(r.arm, side): share for r in results for side, share in r.coverage.items() if share < _LITTLE_COVERAGE}
+    return [
+        f"Arm `{arm}` has vectors of {side}s for only {share:.1%} of the test rows; the others read a learned default."
+        for (arm, side), share in little.items()
+    ]
 
 
 def lookup_figures(release: Release, ids: np.ndarray) -> dict[str, str]:

@@ -26,6 +26,7 @@ from owlrec.ctr.artifact import (
 from owlrec.ctr.dataset import item_shards, open_tables, reduce_once, reduced_folders
 from owlrec.ctr.experiment import (
     ENCODED,
+    GAIN,
     SPARSE_ABOVE_ROWS,
     TABLE_LEARNING_RATE,
     CTRConfig,
@@ -314,7 +315,10 @@ def evaluate(recipe: Recipe, workspace: Workspace) -> Card:
         for line in data.notes:
             note(line)
         note(f"report: {workspace.path(report)}")
-        return {"arms": len(data.arms)}, {"report": report}
+        counts: Counts = {"arms": len(data.arms)}
+        if data.gain is not None:
+            counts[GAIN] = data.gain
+        return counts, {"report": report}
 
     return execute(workspace, "evaluate", trained.fingerprint, "figures and report", body, always=True)
 
