@@ -13,7 +13,7 @@ from owlrec.ctr.artifact import ModelCard, finish_artifact, read_by, write_artif
 from owlrec.ctr.batches import SplitTensors
 from owlrec.ctr.dataset import center_name, encode_tables, open_features, open_tables, reduce_once, reduced_folders
 from owlrec.ctr.experiment import CTRConfig, Trial, grid_folder
-from owlrec.ctr.features import UNKNOWN, VALUES_PER_ATTRIBUTE, Histories, SampleFeatures, item_rows
+from owlrec.ctr.features import UNKNOWN, Histories, SampleFeatures, item_rows
 from owlrec.ctr.knowledge_tables import Arm, KnowledgeTable, arm_parts
 from owlrec.ctr.trainer import Trained, TrainingData, export_trial, tables_of, train_one
 from owlrec.encoding.compression import Projection, Quantizer, SemanticIdConfig, code_vectors, train_quantizer
@@ -137,7 +137,6 @@ class LiveWorld:
         item_ids = np.concatenate([features.items.ids, new])
         codes = np.concatenate([features.items.codes.astype(np.int64), np.full(len(new), UNKNOWN)])
         model.item_codes = torch.from_numpy(codes)
-        model.item_attributes = torch.zeros(len(codes), 0, VALUES_PER_ATTRIBUTE, dtype=torch.int64)
         trial, knowledge = self.trained.result.trial, self._knowledge(contents)
         tables = tables_of(trial, knowledge, item_ids) if trial.arm != "none" else None
         rows = contents.behaviors.get(user, [])
