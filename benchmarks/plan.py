@@ -43,7 +43,6 @@ PARTS = (
         "Does every backbone find knowledge that is true, and ignore it shuffled?",
     ),
     Part("ctr-workers", "ctr --only workers", "Do two training workers find what one finds?"),
-    Part("ctr-features", "ctr_features", "Do features of all types give FuxiCTR's AUC, and how fast is a request?"),
     Part("ctr-speed", "ctr_speed --rounds 1", "How fast are CTR models trained?"),
     Part(
         "ranking",
@@ -60,6 +59,11 @@ PARTS = (
 )
 
 LONG_PARTS = (
+    Part(
+        "ctr-features",
+        "ctr_features",
+        "Do features of all types give FuxiCTR's AUC, and how fast is a request (4 minutes)?",
+    ),
     Part("serving-live", "serving --only live", "How soon does a refresh reach scores, and what do live vectors cost?"),
     Part(
         "decoding-all",
