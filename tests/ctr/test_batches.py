@@ -71,7 +71,7 @@ def test_batches_of_shards_are_those_of_the_whole(toy_world: Any) -> None:
         for (batch, targets), (other, other_targets) in pairs:
             assert torch.equal(targets.labels, other_targets.labels)
             both = list(zip(tensors(batch), tensors(other), strict=True))
-            assert len(both) == 14
+            assert len(both) == 15
             assert all(torch.equal(a, b) for a, b in both)
 
 

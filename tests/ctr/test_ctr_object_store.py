@@ -22,7 +22,7 @@ def figures(workspace: Workspace, world: Any) -> tuple[Any, np.ndarray, np.ndarr
     for kind, table in zip(KINDS, world.vectors, strict=True):
         write_vectors(workspace, "vectors/abc", f"knowledge-{kind}", table)
     encode_tables(workspace, grid_folder(GRID), min_item_count=1)
-    folders = reduce_once(workspace, {"knowledge": dict.fromkeys(KINDS, "vectors/abc")}, 4, GRID)
+    folders = reduce_once(workspace, {"knowledge": dict.fromkeys(KINDS, "vectors/abc")}, 0.95, GRID)
     data = TrainingData(open_features(workspace, grid_folder(GRID)), open_tables(workspace, folders, held=False))
     trained = train_one(TRIAL, data, CONFIG)
     export_trial(workspace, GRID, trained)

@@ -67,7 +67,7 @@ def test_slices_part_the_test_rows_and_calibration_is_measured(data: TrainingDat
     assert result.slices["warm items"].auc == result.test.auc
     assert result.slices["warm items"].log_loss == result.test.log_loss
     assert sum(result.slices[f"history {lengths}"].rows for lengths in ("0", "1-2", "3-5")) == rows
-    assert 0 <= result.test.calibration_error < 0.2
+    assert 0 <= result.test.calibration_error < 0.25
 
 
 def test_early_stopping_keeps_the_best_epoch(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,10 +36,15 @@ def artifact(workspace: Workspace, toy_world: Any) -> str:
     data = data_of(workspace, GRID)
     trained = train_one(TRIAL, data, CONFIG)
     export_trial(workspace, GRID, trained)
-    folder = write_artifact(workspace, GRID, TRIAL, data.features.items, projection=f"{grid_folder(GRID)}/vectors")
+    folder = write_artifact(workspace, GRID, TRIAL, data.features.items, projection=projection_of(GRID, toy_world))
     figures = {"valid": trained.result.valid, "test": trained.result.test}
     finish_artifact(workspace, folder, ModelCard(trial=TRIAL, grid=GRID, items=15, reads=None, **figures))
     return folder
+
+
+def projection_of(grid: str, toy_world: Any) -> str:
+    """The folder of a grid's projection."""
+    return f"{grid_folder(grid)}/vectors/{toy_world.vectors[0].dim}"
 
 
 def data_of(
@@ -48,7 +53,7 @@ def data_of(
     options: dict[str, Any] = {"min_item_count": 1}
     encode_tables(workspace, grid_folder(grid), before=before, **options)
     sources = {"knowledge": dict.fromkeys(("user", "item"), "vectors/abc")}
-    folders = reduce_once(workspace, sources, 4, grid, projection=projection)
+    folders = reduce_once(workspace, sources, 0.95, grid, projection=projection)
     return TrainingData(open_features(workspace, grid_folder(grid)), open_tables(workspace, folders))
 
 
@@ -87,7 +92,7 @@ def test_a_model_goes_on_from_the_weights_of_an_artifact(workspace: Workspace, a
     write_world(workspace, toy_world, n_shards=2)
     projection = Projection.load(workspace, artifact, GRID)
     data = data_of(workspace, grid, warm.vocabularies, projection)
-    kept = Projection.load(workspace, f"{grid_folder(grid)}/vectors", grid)
+    kept = Projection.load(workspace, projection_of(grid, toy_world), grid)
     np.testing.assert_array_equal(kept.directions, projection.directions)
     vocabularies = read_vocabularies(workspace, grid_folder(grid))
     assert vocabularies.items.to_pylist() == list(range(20))
