@@ -459,7 +459,7 @@ def test_encode_publish_and_the_decoder_are_measured_where_they_ran(workspace):
     assert figures.vector_bytes == pytest.approx([50] * 3)
     assert figures.publish_s == pytest.approx([0.04, 0.08, 0.16])  # one part: from half to double
     assert figures.release_bytes == pytest.approx([20, 40, 80])
-    assert figures.behavior_bytes == 2 * 24  # the last two of three each
+    assert figures.behavior_bytes == 2 * 25  # the last two of three each
     assert figures.plain_factor == pytest.approx(26 / 25)  # one second of 25 was saved
 
 
