@@ -295,7 +295,9 @@ def offline_scores(workspace: Workspace, artifact: str, users: list[int], candid
             none = np.zeros((n, 0, 1), np.int32), np.zeros((n, 0), np.float32)
             user_ids = np.full(n, user)
             samples = SampleFeatures(user_ids, candidates, items.rows(candidates), histories, *none, np.zeros(n))
-            batch = SplitTensors(samples, Tables((tables[0],), (tables[1],)), "cpu").batch(torch.arange(n))
+            batch = SplitTensors(samples, Tables((tables[0],), (tables[1],), item_ids=items.ids), "cpu").batch(
+                torch.arange(n)
+            )
             scores.append(model(batch).double().sigmoid().numpy())
     return scores
 

@@ -46,8 +46,8 @@ def loaded(imports: str, names: str) -> str:
 
 @pytest.mark.process
 def test_loading_a_recipe_imports_nothing_heavy() -> None:
-    heavy = ("torch", "ray", "vllm", "transformers", "sentence_transformers", "matplotlib")
-    assert loaded("import owlrec.recipe", repr(heavy)) == "[]\n"
+    heavy = ("torch", "ray", "vllm", "transformers", "sentence_transformers", "matplotlib", "numba")
+    assert loaded("import owlrec.recipe, owlrec.generation", repr(heavy)) == "[]\n"
     assert loaded("import owlrec.recipe", "('pydantic',)") == "['pydantic']\n"
 
 

@@ -13,8 +13,6 @@ from functools import lru_cache
 import numpy as np
 from pydantic import BaseModel
 
-from owlrec_decoding.index import compiled
-
 # ------------------------------------------------------------------------------------------------------------- counters
 # Counters of the decoder, in a form that crosses processes and can be summed over engines.
 #
@@ -239,33 +237,11 @@ def allocate(chance: np.ndarray, count: np.ndarray, seconds: np.ndarray, *, at_l
     Within a row chances never rise, so that taking the likeliest tokens of all rows takes prefixes; for each number of
     tokens that is the best choice, and the best number is found by trying all.
     """
+    from owlrec_decoding.pools import take_likeliest  # here, since numba takes a second and counters need none of it
+
     shares = np.zeros(len(chance), np.int64)
-    _allocate(chance, count, seconds, at_least, shares)
+    take_likeliest(chance, count, seconds, at_least, _WORTH, shares)
     return shares
-
-
-@compiled
-def _allocate(chance: np.ndarray, count: np.ndarray, seconds: np.ndarray, at_least: int, shares: np.ndarray) -> None:
-    rows = len(chance)
-    flat, row, n = np.empty(count.sum()), np.empty(count.sum(), np.int64), 0
-    for i in range(rows):
-        lowest = np.inf
-        for j in range(count[i]):
-            lowest = min(lowest, chance[i, j])
-            flat[n], row[n] = -lowest, i
-            n += 1
-    order = np.argsort(flat)[: len(seconds) - 1]
-    first = min(at_least, len(order))
-    expected, best, speed = float(rows), 0, rows / seconds[0] if first == 0 else -1.0
-    plain = rows / seconds[0]
-    for taken in range(1, len(order) + 1):
-        expected -= flat[order[taken - 1]]
-        if taken >= first and expected / seconds[taken] > speed:
-            best, speed = taken, expected / seconds[taken]
-    if at_least == 0 and speed <= _WORTH * plain:
-        best = 0
-    for taken in range(best):
-        shares[row[order[taken]]] += 1
 
 
 class Controller:

@@ -579,3 +579,30 @@ def _draft_rows(
                 else:
                     at[s], length[s] = at[s] + 1, min(length[s] + 1, DEPTH)
         out_count[i] = n
+
+
+@compiled
+def take_likeliest(
+    chance: np.ndarray, count: np.ndarray, seconds: np.ndarray, at_least: int, worth: float, shares: np.ndarray
+) -> None:
+    """See controller.allocate, whose answer is left in `shares`. worth: of plain speed, which drafts must promise."""
+    rows = len(chance)
+    flat, row, n = np.empty(count.sum()), np.empty(count.sum(), np.int64), 0
+    for i in range(rows):
+        lowest = np.inf
+        for j in range(count[i]):
+            lowest = min(lowest, chance[i, j])
+            flat[n], row[n] = -lowest, i
+            n += 1
+    order = np.argsort(flat)[: len(seconds) - 1]
+    first = min(at_least, len(order))
+    expected, best, speed = float(rows), 0, rows / seconds[0] if first == 0 else -1.0
+    plain = rows / seconds[0]
+    for taken in range(1, len(order) + 1):
+        expected -= flat[order[taken - 1]]
+        if taken >= first and expected / seconds[taken] > speed:
+            best, speed = taken, expected / seconds[taken]
+    if at_least == 0 and speed <= worth * plain:
+        best = 0
+    for taken in range(best):
+        shares[row[order[taken]]] += 1
