@@ -77,7 +77,8 @@ def _texts(options: argparse.Namespace) -> list[np.ndarray]:
 
 def _host(texts: list[np.ndarray], *, live: bool) -> dict[str, float]:
     settings = engine_arguments(DecodingConfig(mode="strict"), cpu=True)["additional_config"]
-    config = SimpleNamespace(additional_config=settings, model_config=SimpleNamespace(max_model_len=WIDTH))
+    model = SimpleNamespace(max_model_len=WIDTH, get_vocab_size=lambda: 1 << 21)  # of any tokenizer
+    config = SimpleNamespace(additional_config=settings, model_config=model)
     if not live:
         settings[SETTINGS_KEY]["limits"]["live_tokens"] = 0
     proposer = RetrievalProposer(config)

@@ -38,9 +38,9 @@ class DecoderCounters(BaseModel):
     """Counters of one engine since its start, or of several engines together.
 
     counts: `steps`; `rows` (of all steps), `tokens`, `drafted`, `accepted`, `relaxed` (accepted by the relaxed rule
-    alone); `hits_*`, drafts by the source that gave them; `unknown_pools`, `bad_rules`, `pools_*`, things that went
-    wrong; `tokens_*`, held now; `retrieval_s`, `verification_s`; `yardstick_*`, see Controller. by_rows: by the size of
-    the batch, up to and including the key.
+    alone); `hits_*`, drafts by the source that gave them; `unknown_pools`, `refused_pools`, `bad_rules`, things that
+    went wrong; `tokens_*`, held now; `retrieval_s`, `verification_s`; `yardstick_*`, see Controller. by_rows: by the
+    size of the batch, up to and including the key.
     """
 
     counts: dict[str, float] = {}

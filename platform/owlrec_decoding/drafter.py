@@ -29,7 +29,16 @@ from owlrec_decoding.index import (
     compiled,
 )
 from owlrec_decoding.options import DEFAULT_POOL, VLLM_VERSION, DecodingConfig, DraftLimits, Relaxation, VllmError
-from owlrec_decoding.pools import CELLS, AcceptanceRates, Drafts, Pools, build_pools, draft_rows, read_texts
+from owlrec_decoding.pools import (
+    CELLS,
+    AcceptanceRates,
+    Drafts,
+    Pools,
+    build_pools,
+    draft_rows,
+    read_texts,
+    usable_pools,
+)
 from owlrec_decoding.verification import RowRules, Verifier, rule_numbers
 
 # -------------------------------------------------------------------------------------------------------------- drafter
@@ -124,7 +133,7 @@ class RetrievalProposer:
         settings = vllm_config.additional_config[options.SETTINGS_KEY]
         self.config = DecodingConfig.model_validate(settings["config"])
         self.limits = DraftLimits(**settings["limits"])
-        self.pools = Pools(self.limits)
+        self.pools = Pools(self.limits, vocabulary=vllm_config.model_config.get_vocab_size())
         self.rates = AcceptanceRates(2 * len(CLASSES))
         self.counts: Counter[str] = Counter()
         self.retrieval_s = 0.0
@@ -141,7 +150,8 @@ class RetrievalProposer:
 
     def load_model(self, target_model: Any) -> None:
         """vLLM's CPU runner calls this unconditionally. There is no draft model; it reads the texts to draft from and
-        compiles the kernels, so no request waits. Raises DecodingError if the texts cannot be read."""
+        compiles the kernels, so no request waits. Raises DecodingError if the texts cannot be read, or have tokens
+        that the model does not have."""
         if self._texts is not None:
             from vllm.tokenizers import cached_tokenizer_from_config
 
@@ -154,6 +164,17 @@ class RetrievalProposer:
         """Connects the runner's requests, the verifier's verdicts, and the controller built from measured
         step times."""
         self._runner, self._verifier, self.controller = runner, verifier, controller
+
+    def open_pools(self, pools: Mapping[str, SealedPool]) -> None:
+        """Opens pools beside requests in flight. One with tokens that the model does not have is counted and left
+        out: the engine serves requests that do not name it, too."""
+        usable = usable_pools(pools, self.pools.vocabulary)
+        for name in pools:
+            if name in usable:
+                self.pools.open(name, usable[name])
+            else:
+                self.pools.close(name)
+                self.counts["refused_pools"] += 1
 
     def _compile(self) -> None:
         search_set, live = SearchSet(), LivePool(1 << 10)
@@ -619,8 +640,7 @@ class RetrievalWorker(_Base):
 
     def owlrec_open_pools(self, pools: dict[str, list[bytes]]) -> None:
         """A call: gives requests that name them pools. pools: SealedPool.to_bytes, by name."""
-        for name, arrays in pools.items():
-            self.proposer.pools.open(name, SealedPool.from_bytes(arrays))
+        self.proposer.open_pools({name: SealedPool.from_bytes(arrays) for name, arrays in pools.items()})
 
     def owlrec_close_pools(self, names: list[str]) -> None:
         """A call: drops pools that no request names any more."""

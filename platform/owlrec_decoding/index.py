@@ -106,6 +106,12 @@ class SealedPool:
         chance: np.ndarray,
         documents: np.ndarray,
     ) -> None:
+        """Raises ValueError if the arrays' lengths do not fit: kernels read them without a check of bounds."""
+        if (len(rank), len(leaf), len(chance)) != (len(tokens), len(order), len(order) + len(nodes)):
+            raise ValueError(
+                f"a sealed pool of {len(tokens)} tokens, {len(order)} leaves and {len(nodes)} nodes has {len(rank)} "
+                f"ranks, {len(leaf)} nodes of leaves and {len(chance)} chances. Make it by build_pool."
+            )
         self.tokens, self.order, self.rank, self.documents = tokens, order, rank, documents
         self.leaf, self.nodes, self.chance = leaf, nodes, chance
 
@@ -198,11 +204,11 @@ def build_pool(
         )
     documents = np.stack([names, ends - lengths, ends], axis=1) if len(parts) else np.zeros((0, 3), dtype=np.int64)
     documents = documents[np.argsort(documents[:, 0], kind="stable")]
+    rank = np.full(len(tokens), -1, dtype=np.int32)
     if not searchable:
         none = np.zeros(0, np.int32)
-        return SealedPool(tokens, none, none, none, np.zeros((0, 3), np.int32), np.zeros(0, np.float32), documents)
+        return SealedPool(tokens, none, rank, none, np.zeros((0, 3), np.int32), np.zeros(0, np.float32), documents)
     order = _sort_backwards(tokens)
-    rank = np.full(len(tokens), -1, dtype=np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
     leaf, spans, nodes = _nest(_shared_lengths(tokens, order))
     names, followers = np.unique(tokens[order], return_inverse=True)

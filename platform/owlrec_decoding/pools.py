@@ -6,6 +6,7 @@ default pool is used, and the miss is counted.
 
 import csv
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ from owlrec_decoding.index import (
     match_text,
 )
 from owlrec_decoding.options import DEFAULT_POOL, LEAD_TOKENS, TEXT_FILES, DecodingError, DraftLimits
+
+_log = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------------------------------------------------------- texts
 # Texts as the engine's tokens: what pools are built from.
@@ -134,18 +137,43 @@ def build_pools(texts: Sequence[Text], tokenizer: Any, *, max_tokens: int = POOL
 # The pools of an engine: sealed ones, handed over as a whole, and live ones, to which finished texts are added.
 
 
+def check_tokens(name: str, pool: SealedPool, vocabulary: int) -> None:
+    """Raises DecodingError for a token that a model of so many does not have: it would read beyond its embeddings."""
+    highest = int(pool.tokens.max(initial=BORDER))
+    if highest >= vocabulary:
+        raise DecodingError(
+            f"pool {name}: token {highest} is not one of the model's {vocabulary}. Use the tokenizer that the model "
+            "was trained with."
+        )
+
+
+def usable_pools(pools: Mapping[str, SealedPool], vocabulary: int) -> dict[str, SealedPool]:
+    """The pools that `check_tokens` passes; logs why the others are left out."""
+    usable = {}
+    for name, pool in pools.items():
+        try:
+            check_tokens(name, pool, vocabulary)
+            usable[name] = pool
+        except DecodingError as error:
+            _log.warning("requests go without %s", error)
+    return usable
+
+
 class Pools:
     """Keeps the place of each pool in the search set. `version` changes whenever the sources of a request may have
     changed."""
 
-    def __init__(self, limits: DraftLimits | None = None) -> None:
-        self.limits = limits or DraftLimits()
+    def __init__(self, limits: DraftLimits | None = None, *, vocabulary: int = 1 << 31) -> None:
+        """vocabulary: how many tokens the model has."""
+        self.limits, self.vocabulary = limits or DraftLimits(), vocabulary
         self.search_set, self.version = SearchSet(), 0
         self._sealed: dict[str, tuple[SealedPool, int]] = {}
         self._live: dict[str, tuple[LivePool, int]] = {}
 
     def open(self, name: str, pool: SealedPool) -> None:
-        """Makes a pool known to requests that name it, in place of an earlier one of that name."""
+        """Makes a pool known to requests that name it, in place of an earlier one of that name. Raises DecodingError
+        for a token that the model does not have."""
+        check_tokens(name, pool, self.vocabulary)
         if name in self._sealed:
             self.search_set.remove(SEALED, self._sealed[name][1])
         self._sealed[name] = (pool, self.search_set.add_sealed(pool))

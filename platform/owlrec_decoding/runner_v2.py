@@ -50,7 +50,9 @@ from owlrec_decoding.pools import (
     WRITTEN,
     AcceptanceRates,
     build_pools,
+    check_tokens,
     read_texts,
+    usable_pools,
 )
 from owlrec_decoding.verification import rule_numbers
 
@@ -600,6 +602,7 @@ class RetrievalSpeculator(BaseSpeculator):
         self.steps: int = spec.num_speculative_tokens
         self.enable_adaptive_verification: bool = spec.enable_adaptive_verification
         self.max_model_len: int = vllm_config.model_config.max_model_len
+        self.vocabulary: int = vllm_config.model_config.get_vocab_size()
         eos = getattr(vllm_config.model_config.hf_text_config, "eos_token_id", None)
         self._eos: list[int] = [eos] if isinstance(eos, int) else list(eos or ())
         slots, k = vllm_config.scheduler_config.max_num_seqs, self.steps
@@ -631,7 +634,10 @@ class RetrievalSpeculator(BaseSpeculator):
         self.index = DeviceIndex({}, device)
 
     def load(self, pools: Mapping[str, SealedPool]) -> None:
-        """Replaces the index; requests that are under way keep to their own context."""
+        """Replaces the index; requests that are under way keep to their own context. Raises DecodingError for a token
+        that the model does not have."""
+        for name, pool in pools.items():
+            check_tokens(name, pool, self.vocabulary)
         self.requests.gpu[:, _OWN_START.value : _OWN_END.value + 1] = 0
         self.requests.gpu[:, _POOLS.value : _GROUPS.value] = -1
         self.index = DeviceIndex(pools, self.device)
@@ -893,9 +899,11 @@ class RetrievalRunnerV2(_Base):
             self.speculator.load(build_pools(read_texts(texts), tokenizer))
 
     def owlrec_open_pools(self, pools: dict[str, list[bytes]]) -> None:
-        """A call: gives requests to come that name them pools. pools: SealedPool.to_bytes, by name."""
+        """A call: gives requests to come that name them pools. pools: SealedPool.to_bytes, by name. One with tokens
+        that the model does not have is left out."""
         opened = {name: SealedPool.from_bytes(arrays) for name, arrays in pools.items()}
-        self.speculator.load({**self.speculator.index.pools, **opened})
+        kept = {name: pool for name, pool in self.speculator.index.pools.items() if name not in opened}
+        self.speculator.load(kept | usable_pools(opened, self.speculator.vocabulary))
 
     def owlrec_close_pools(self, names: list[str]) -> None:
         """A call: drops pools that no request names any more."""

@@ -7,7 +7,7 @@ import pytest
 
 from owlrec_decoding import DecodingError, DraftLimits
 from owlrec_decoding.index import LIVE, SEALED, build_pool
-from owlrec_decoding.pools import Pools, Text, answer_tokens, build_pools, opening_tokens, read_texts
+from owlrec_decoding.pools import Pools, Text, answer_tokens, build_pools, opening_tokens, read_texts, usable_pools
 
 
 class Words:
@@ -108,6 +108,17 @@ def test_a_pool_takes_the_place_of_an_earlier_one_of_its_name() -> None:
     assert pools.document(["a"], 7).tolist() == [3, 4]
     assert len(pools.sources("a")) == 1
     assert pools.tokens() == {"sealed": 3, "live": 0}
+
+
+def test_a_pool_with_tokens_that_the_model_lacks_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    known, unknown = build_pool([[1, 9]], [7]), build_pool([[1, 10]], [7])
+    pools = Pools(vocabulary=10)
+    pools.open("a", known)
+    with pytest.raises(DecodingError, match="pool a: token 10 "):
+        pools.open("a", unknown)
+    assert pools.document(["a"], 7).tolist() == [1, 9]
+    assert list(usable_pools({"a": known, "b": unknown}, 10)) == ["a"]
+    assert "pool b: token 10 " in caplog.text
 
 
 def test_finished_texts_join_the_live_tier_and_go_with_the_pool() -> None:

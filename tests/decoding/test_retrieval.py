@@ -93,6 +93,30 @@ def test_rows_are_searched_together_as_each_is_alone(
             assert tokens(found, row) == [(walked.leaves[leaf] if node < 0 else walked.nodes[node])["token"]]
 
 
+@settings(max_examples=100)
+@given(
+    st.lists(st.tuples(st.lists(few, max_size=5), st.booleans()), min_size=1, max_size=4),
+    st.lists(few, min_size=1, max_size=4),
+    st.data(),
+)
+def test_other_pools_change_nothing_that_a_pool_drafts(
+    pools: list[tuple[list[list[int]], bool]], contexts: list[list[int]], data: st.DataObject
+) -> None:
+    together = SearchSet()
+    built = [build_pool(texts, searchable=searchable) for texts, searchable in pools]
+    places = [together.add_sealed(pool) for pool in built]
+    if data.draw(st.booleans()):  # the first place is freed and used again
+        together.remove(SEALED, places[0])
+        places[0] = together.add_sealed(built[0])
+    chosen = [data.draw(st.sampled_from(range(len(pools)))) for _ in contexts]
+    found = draft(together, contexts, [[(SEALED, places[at])] for at in chosen])
+    for row, (context, at) in enumerate(zip(contexts, chosen, strict=True)):
+        alone = SearchSet()
+        expected = draft(alone, [context], [[(SEALED, alone.add_sealed(built[at]))]])
+        assert tokens(found, row) == tokens(expected)
+        assert found.chance[row].tolist() == expected.chance[0].tolist()
+
+
 @pytest.mark.parametrize("end", range(3, 8))
 def test_a_draft_stops_at_an_end_token_wherever_it_stands(end: int) -> None:
     search_set = SearchSet()

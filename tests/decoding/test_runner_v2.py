@@ -74,7 +74,15 @@ if INTERPRETED:
     from tiny_engine import VOCAB, prompts, tiny_model
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    from owlrec_decoding import DecodingConfig, DraftLimits, Relaxation, engine_arguments, options, request_arguments
+    from owlrec_decoding import (
+        DecodingConfig,
+        DecodingError,
+        DraftLimits,
+        Relaxation,
+        engine_arguments,
+        options,
+        request_arguments,
+    )
     from owlrec_decoding.index import SealedPool, build_pool
     from owlrec_decoding.pools import AGREE, CELLS, LONGEST, OTHERS, SHORTER, SILENT, WRITTEN, AcceptanceRates
     from owlrec_decoding.runner_v2 import FLOOR, RelaxedSampler, RetrievalRunnerV2, RetrievalSpeculator
@@ -210,7 +218,9 @@ if INTERPRETED:
                 }
             },
             speculative_config=SimpleNamespace(num_speculative_tokens=steps, enable_adaptive_verification=True),
-            model_config=SimpleNamespace(max_model_len=LENGTH, hf_text_config=SimpleNamespace(eos_token_id=EOS)),
+            model_config=SimpleNamespace(
+                max_model_len=LENGTH, hf_text_config=SimpleNamespace(eos_token_id=EOS), get_vocab_size=lambda: 100
+            ),
             scheduler_config=SimpleNamespace(max_num_seqs=SLOTS),
         )
         states = SimpleNamespace(all_token_ids=gpu(SLOTS, LENGTH), total_len=gpu(SLOTS), prompt_len=gpu(SLOTS))
@@ -259,7 +269,8 @@ if INTERPRETED:
         pools = {}
         for name in draw(st.lists(st.sampled_from(["a", "b", "default"]), unique=True, max_size=3)):
             texts = draw(st.lists(text, min_size=1, max_size=5))
-            pools[name] = build_pool(texts, list(range(10, 10 + len(texts))))
+            searchable = draw(st.sampled_from([True, True, False]))
+            pools[name] = build_pool(texts, list(range(10, 10 + len(texts))), searchable=searchable)
         rows = []
         for _ in range(draw(st.integers(1, 4))):
             context = draw(st.lists(token, min_size=1, max_size=20))
@@ -333,6 +344,19 @@ if INTERPRETED:
         # Own text and context match two tokens, .4; the pool hopes less, since 3 is one of ten followers.
         assert made.drafts[0, 0] == 3
         assert made.cells[slots[0], 0] // CELLS == 0
+
+    def test_texts_without_a_tree_leave_the_trees_behind_them_whole() -> None:
+        made = speculator()
+        made.load({"own": build_pool([[8, 8, 8, 8]], [20], searchable=False), "mine": build_pool([[1, 2, 3, 4, 5]])})
+        rows = [Row([1, 2], 2, ["mine"])]
+        admit(made, rows)
+        (slot,) = propose(made, rows)
+        assert made.drafts[0, : made.count[slot]].tolist() == [3, 4, 5]
+
+    def test_a_pool_with_tokens_that_the_model_lacks_is_refused() -> None:
+        made = speculator()
+        with pytest.raises(DecodingError, match="pool mine: token 100 "):
+            made.load({"mine": build_pool([[1, 100]])})
 
     def test_adaptive_verification_takes_the_likeliest_drafts() -> None:
         from vllm.v1.worker.gpu.spec_decode.adaptive_verification import _assign_draft_token_budget

@@ -128,7 +128,15 @@ def test_a_pool_of_documents_alone_has_no_tree() -> None:
     pool = build_pool([[1, 2], [3]], [7, 8], searchable=False)
     assert pool.document(7).tolist() == [1, 2]
     assert len(pool.order) == len(pool.chance) == 0
+    assert pool.rank.tolist() == [-1] * 5  # kernels look up every position here, also in pools beside it
     assert len(SealedPool.from_bytes(pool.to_bytes()).nodes) == 0
+
+
+def test_arrays_that_do_not_fit_are_refused() -> None:
+    arrays = build_pool([[1, 2, 3]]).to_bytes()
+    for at in range(len(arrays) - 1):  # all but the documents
+        with pytest.raises(ValueError, match="a sealed pool of"):
+            SealedPool.from_bytes([*arrays[:at], b"", *arrays[at + 1 :]])
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,7 @@ _COUNTS = {
     "accepted": "Draft tokens accepted",
     "relaxed": "Draft tokens accepted only by the relaxed rule",
     "unknown_pools": "Missing pools named by requests",
+    "refused_pools": "Pools with tokens that the model does not have",
     "bad_rules": "Invalid relaxed rules in requests",
     "retrieval_s": "Seconds spent on retrieval",
     "verification_s": "Seconds spent on verification",
