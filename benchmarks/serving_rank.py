@@ -181,6 +181,7 @@ def prepare_live(folder: Path, source: dict[str, object]) -> tuple[Path, Workspa
         "sampling": {"max_tokens": 40},
         "encoder": {"model": "hashing"},
         "ctr": {"backbones": ["din"], "arms": ["knowledge"], "seeds": [0], "epochs": 1},
+        "features": {"users": []},  # the offline scores that are compared know no profiles
     }
     return _run_and_export(folder, settings, last="publish")
 
@@ -280,14 +281,16 @@ def offline_scores(workspace: Workspace, artifact: str, users: list[int], candid
     scores = []
     with open_release(workspace) as release, torch.inference_mode():
         for user in users:
-            tables = []
-            for kind, ids in (("user", np.array([user])), ("item", np.sort(candidates))):
-                vectors, there = release.store.own_vectors(kind, ids, 1)
-                own = vectors[there[:, 0], 0]
-                reduced = opened.projection.apply(own).astype(np.float16) if opened.projection else own
-                tables.append(KnowledgeTable(ids[there[:, 0]], reduced))
             (behaviors,) = release.store.behaviors([user])
             assert behaviors is not None
+            tables = []
+            read = np.unique(np.r_[candidates, behaviors["item"]])  # similarities read the history's items, too
+            for kind, ids in (("user", np.array([user])), ("item", read)):
+                vectors, there = release.store.own_vectors(kind, ids, 1)
+                own = vectors[there[:, 0], 0]
+                if opened.projection:
+                    own = opened.projection.of(f"knowledge-{kind}").apply(own).astype(np.float16)
+                tables.append(KnowledgeTable(ids[there[:, 0]], own))
             n = len(candidates)
             outcomes = grades.tokens(behaviors["rating"].astype(float), behaviors["label"])
             starts, lengths = np.zeros(n, np.int64), np.full(n, len(behaviors), np.int32)
