@@ -125,7 +125,7 @@ def wide(folder: Path, fold: int, *, share: float = 1.0, cold: bool = False, see
         _item_table(films),
         samples,
         _item_texts(folder, films),
-        {"llm-b": by_llm},
+        {"llm_b": by_llm},
         {"title not in the user's text": ~np.array(named)},
     )
 
@@ -246,8 +246,8 @@ def _item_texts(folder: Path, films: pd.DataFrame) -> dict[str, Texts]:
         "title": titles,
         "metadata": {row["item_id"]: f"{row['title']}. Genres: {', '.join(row['genres'])}." for row in rows},
         "facts": facts,
-        "llm-a": _texts(folder, "ml1m/item_texts_deepseek"),
-        "llm-b": _texts(folder, "ml1m/item_texts_qwenmax"),
+        "llm_a": _texts(folder, "ml1m/item_texts_deepseek"),
+        "llm_b": _texts(folder, "ml1m/item_texts_qwenmax"),
     }
 
 
