@@ -239,14 +239,15 @@ def _figures(part: str, measure: str, options: argparse.Namespace, folds: Sequen
         for arm in ("none", CATEGORIES, *ARMS[part]):
             values = [auc(f.labels, s) for f in folds for (b, a, _), s in f.scores.items() if (b, a) == (backbone, arm)]
             spread = f" ±{statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            unit = f"test AUC ({len(values)} {'seeds' if len(folds) == 1 else 'folds'}{spread})"
+            unit = f"test AUC ({'seeds' if len(folds) == 1 else 'folds'}: {len(values)}{spread})"
             yield Figure(
                 measure=f"{measure}, {backbone}", method=arm, value=round(statistics.fmean(values), 4), unit=unit
             )
     for arm, base in COMPARED[part]:
         for backbones in ([backbone] for backbone in options.backbones):
             yield from _difference(measure, backbones, arm, base, folds)
-        yield from _difference(measure, options.backbones, arm, base, folds)
+        if len(options.backbones) > 1:
+            yield from _difference(measure, options.backbones, arm, base, folds)
         for name in dict.fromkeys(name for fold in folds for name in fold.slices):
             yield from _difference(measure, options.backbones, arm, base, folds, name)
 
