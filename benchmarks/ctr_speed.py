@@ -93,7 +93,8 @@ def _beside_peers(folder: str, rows: int, rounds: int, backbones: Sequence[str])
                 print(f"{backbone}: {method} {rates[-1]:,.0f} samples/s", file=sys.stderr, flush=True)
         medians = {method: float(np.median(rates)) for method, rates in speeds.items()}
         for method, median in medians.items():
-            spread = (max(speeds[method]) - min(speeds[method])) / 2 / median
+            half = (max(speeds[method]) - min(speeds[method])) / 2 / median
+            spread = f" (±{half:.0%})" if len(speeds[method]) > 1 else ""  # of one round there is none
             peers = (
                 [p for p in (PEER, READY) if p in medians] if method == OURS else [*filter(None, [BASES.get(method)])]
             )
@@ -103,7 +104,7 @@ def _beside_peers(folder: str, rows: int, rounds: int, backbones: Sequence[str])
                         measure=f"{backbone}, {rows:,} rows, batch {BATCH:,}",
                         method=method,
                         value=round(median),
-                        unit=f"samples/s (±{spread:.0%})",
+                        unit=f"samples/s{spread}",
                         ratio_to=peer,
                         ratio=median / medians[peer] if peer else None,
                     )

@@ -260,7 +260,7 @@ def _difference(
     folds: Sequence[Fold],
     part: str | None = None,
 ) -> Iterator[Figure]:
-    """Mean difference over backbones, seeds and folds; users are drawn anew within each fold, and seeds with them."""
+    """Mean difference over backbones, seeds and folds; users are resampled within each fold, and seeds with them."""
     means, drawn = [], []
     for number, fold in enumerate(folds):
         pairs = [(b, s) for b, a, s in fold.scores if a == arm and b in backbones]

@@ -356,7 +356,7 @@ def means_by_seed(differences: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
 
 
 def mean_over_seeds(differences: np.ndarray, seed: int) -> np.ndarray:
-    """float64 [resamples]: means over seeds drawn anew in each resample. differences: float64 [resamples, seeds].
+    """float64 [resamples]: means over seeds drawn again in each resample. differences: float64 [resamples, seeds].
 
     Deviations are widened by n / (n - 1), as in a sample variance: three seeds drawn from three vary too little.
     """

@@ -424,7 +424,7 @@ def test_following_survives_any_exception_and_counts_it(tmp_path, monkeypatch):
     assert recorder.gauges["release_looked"] == pytest.approx(time.time(), abs=30)
     served._looked -= 100
     assert "100 s" in served.unhealthy
-    served._opening = True  # a copy of many minutes is no reason for a restart
+    served._opening = True  # a copy may take many minutes without a restart
     assert served.unhealthy is None
 
 

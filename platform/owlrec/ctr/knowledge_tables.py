@@ -110,7 +110,7 @@ def arm_sources(arm: Arm, given: Mapping[str, Collection[str]], own: OwnArm | No
 
     `collective` reads the knowledge of cohorts; for users, by likes and, if given, by dislikes. `streaming` reads a
     user's newest texts, including partitions read by refreshes. `shuffled` reads individual knowledge, or collective
-    knowledge if there is no other.
+    knowledge without it.
     given: source -> kinds ("user", "item") that have vectors. own: what the arm reads, if it is the recipe's own.
     Raises RecipeError if a required source is missing.
     """

@@ -186,7 +186,7 @@ class Fusion(nn.Module):
 class Tower(nn.Module):
     """Gate, dedicated experts, default vector and fusion of one source; the shared experts are passed in.
 
-    With one slot there is no fusion and no parameters for it.
+    One slot needs neither fusion nor parameters for it.
     """
 
     def __init__(self, in_dim: int, out_dim: int, config: AdaptorConfig, slots: int = 1) -> None:

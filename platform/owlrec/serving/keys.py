@@ -4,7 +4,7 @@ A key file has one line per key, as `owlrec keys NAME` prints it; lines that sta
 
     name salt hash scopes=lookup,rank [rate=200] [expires=2027-01-31]
 
-Keys are 256 random bits, so one round of SHA-256 is enough: there is no password to guess. To rotate a key, add the
+Keys are 256 random bits, so one round of SHA-256 is enough: nobody can guess them. To rotate a key, add the
 new line, switch the clients, remove the old line; servers notice within a second. A rate is counted by each replica
 for itself.
 """

@@ -126,7 +126,7 @@ class LiveScorer:
 
     def score_labels(self, user: int | User, candidates: Sequence[int]) -> dict[str, np.ndarray]:
         """See CtrScorer.score_labels. The whole call uses one release, and a forgotten user scores like an unknown one.
-        Raises Problem (503) if there is no release.
+        Raises Problem (503) without a release.
         """
         asking = user if isinstance(user, User) else User(user)
         with self.served.lease() as release:
